@@ -1,0 +1,75 @@
+// One Runtime's native side: memory, proxy, executor. What the bindings and the native tests see.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "cpu/executor.hpp"
+
+namespace commlib {
+
+struct EngineConfig {
+  int rank = 0;
+  std::vector<int> node_of_rank;
+  size_t hidden = 0;
+  int num_experts = 0;
+  int num_topk = 0;
+  int num_threads = 1;
+  int chunk_tokens = 32;
+  size_t chunk_bytes = 256 << 10;
+  size_t ring_bytes = 4 << 20;
+  size_t arena_bytes = 64 << 20;
+  size_t max_arena_bytes = size_t(64) << 30;
+  int max_in_flight = 8;
+  double timeout_s = 300;
+  double heartbeat_timeout_s = 10;
+  uint64_t config_digest = 0;  // ranks that disagree are told so in connect()
+  std::string transport = "ucx";
+};
+
+struct MemoryReport {
+  size_t registered_bytes = 0;
+  size_t arena_bytes = 0;
+  size_t arena_used_bytes = 0;
+};
+
+class Engine {
+ public:
+  explicit Engine(const EngineConfig& config);
+  ~Engine();
+
+  // Opaque; every rank gives it to every rank.
+  std::vector<uint8_t> address() const;
+  // Maps the peers, connects the transport, starts the threads. Once. All ranks must have their
+  // addresses until the slowest has connected (a barrier of the bootstrap follows).
+  void connect(const std::vector<std::vector<uint8_t>>& addresses);
+
+  void submit(std::shared_ptr<Op> op) { executor_->submit(std::move(op)); }
+  // Barrier among all ranks (skipped after a fault), then everything stops. Idempotent. The outcome
+  // of the barrier.
+  Outcome close();
+
+  const Group& group() const { return mesh_->group(); }
+  bool has_fault() const { return board_.raised(); }
+  FaultRecord fault() const { return board_.record(); }
+  std::string describe_transport() const;
+  ProxyCounters proxy_counters() const { return proxy_->counters(); }
+  std::map<std::string, RoleCounters> role_counters() const { return executor_->counters(); }
+  MemoryReport memory() const;
+  Executor& executor() { return *executor_; }
+
+ private:
+  void stop(bool is_clean);
+
+  EngineConfig config_;
+  FaultBoard board_;
+  std::unique_ptr<Mesh> mesh_;
+  std::unique_ptr<Proxy> proxy_;
+  std::unique_ptr<Executor> executor_;
+  std::string transport_text_;
+  bool is_connected_ = false;
+  bool is_closed_ = false;
+};
+
+}  // namespace commlib

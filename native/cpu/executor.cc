@@ -1,0 +1,464 @@
+#include "cpu/executor.hpp"
+
+#include <cstdio>
+#include <cstring>
+
+#include "common/backoff.hpp"
+
+namespace commlib {
+namespace {
+
+const char* op_name(OpKind kind) {
+  switch (kind) {
+    case OpKind::kDispatch: return "dispatch";
+    case OpKind::kCachedDispatch: return "cached_dispatch";
+    case OpKind::kCombine: return "combine";
+    case OpKind::kBarrier: return "barrier";
+  }
+  return "?";
+}
+
+const char* dtype_name(Dtype dtype) {
+  return dtype == Dtype::kF32 ? "float32" : dtype == Dtype::kBf16 ? "bfloat16" : "float8_e4m3fn";
+}
+
+Outcome outcome_of(OutcomeKind kind) {
+  Outcome outcome;
+  outcome.kind = kind;
+  return outcome;
+}
+
+void set_text(ExchangeHeader* header, const std::string& text) {
+  std::snprintf(header->text, sizeof header->text, "%s", text.c_str());
+}
+
+constexpr int kMaxWaitSleepUs = 100;
+
+}  // namespace
+
+Executor::Executor(Mesh& mesh, Proxy& proxy, FaultBoard& board, const ExecutorConfig& config)
+    : mesh_(mesh), proxy_(proxy), board_(board), config_(config), totals_(mesh.group()) {
+  for (int i = 0; i < config.num_threads; ++i) fifos_.push_back(FifoProducer{proxy.fifo(i)});
+}
+
+Executor::~Executor() { stop(outcome_of(OutcomeKind::kRejected)); }
+
+void Executor::start() {
+  threads_.emplace_back([this] { coordinate(); });
+  for (int i = 1; i < config_.num_threads; ++i) threads_.emplace_back([this, i] { help(i); });
+}
+
+void Executor::stop(const Outcome& outcome) {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    stop_ = true;
+    stop_outcome_ = outcome;
+    wake_.notify_all();
+  }
+  for (std::thread& thread : threads_) thread.join();
+  threads_.clear();
+}
+
+void Executor::submit(std::shared_ptr<Op> op) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (stop_) throw ConfigException("the Runtime is closed");
+  const size_t in_flight = queue_.size() + (is_running_ ? 1 : 0);
+  if (in_flight >= size_t(config_.max_in_flight))
+    throw ConfigException(std::to_string(in_flight) + " operations are in flight already; " +
+                          "max_in_flight=" + std::to_string(config_.max_in_flight));
+  queue_.push_back(std::move(op));
+  wake_.notify_all();
+}
+
+void Executor::coordinate() {
+  for (;;) {
+    std::shared_ptr<Op> op;
+    {
+      std::unique_lock<std::mutex> lock(mutex_);
+      if (queue_.empty()) proxy_.set_busy(false);
+      wake_.wait(lock, [this] { return stop_ || !queue_.empty(); });
+      if (queue_.empty()) return;
+      op = queue_.front();
+      queue_.pop_front();
+      is_running_ = true;
+      if (stop_) {
+        lock.unlock();
+        op->finish(stop_outcome_);
+        continue;
+      }
+    }
+    proxy_.set_busy(true);
+    Outcome outcome;
+    try {
+      outcome = run(*op);
+    } catch (const std::exception& error) {  // out of memory: nothing else throws here
+      FaultRecord fault;
+      fault.kind = FaultKind::kTransport;
+      fault.rank = mesh_.group().rank();
+      fault.peer = fault.rank;
+      fault.set_phase(op_name(op->kind));
+      fault.set_detail(error.what());
+      board_.raise(fault);
+      outcome = fault_outcome(op_name(op->kind), "", {});
+    }
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      is_running_ = false;
+    }
+    op->finish(std::move(outcome));
+  }
+}
+
+Outcome Executor::run(Op& op) {
+  if (board_.raised()) return fault_outcome(op_name(op.kind), "start", {});
+  ExchangeTable table;
+  uint64_t epoch = 0;
+  Outcome verdict = negotiate(op, &table, &epoch);
+  if (verdict.kind == OutcomeKind::kDone) {
+    if (op.kind == OpKind::kDispatch || op.kind == OpKind::kCachedDispatch)
+      verdict = run_dispatch(op, table, epoch);
+    else if (op.kind == OpKind::kCombine)
+      verdict = run_combine(op, table, epoch);
+  }
+  // After a fault late writes may still come: the grant stays out of the heap for good.
+  if (verdict.kind != OutcomeKind::kFault) grant_.reset();
+  return verdict;
+}
+
+std::string Executor::describe(const Op& op) const {
+  std::string text = op_name(op.kind);
+  const bool is_dispatch = op.kind == OpKind::kDispatch || op.kind == OpKind::kCachedDispatch;
+  if (is_dispatch) {
+    static const char* const kCasts[] = {"none", "e4m3", "e4m3_pow2"};
+    text += std::string(" dtype=") + dtype_name(op.dispatch.dtype) +
+            " cast=" + kCasts[size_t(op.dispatch.cast)];
+  }
+  if (op.kind == OpKind::kDispatch)
+    text += std::string(" layout=") +
+            (op.dispatch.layout == Layout::kGrouped ? "grouped" : "rows") +
+            " expert_alignment=" + std::to_string(op.dispatch.alignment);
+  if (op.kind == OpKind::kCombine)
+    text += std::string(" dtype=") + dtype_name(op.combine.dtype) + " weight_grads=" +
+            (op.combine.has_weight_grads ? "yes" : "no");
+  if (op.kind == OpKind::kCachedDispatch || op.kind == OpKind::kCombine)
+    text += " handle=" + std::to_string(op.handle ? op.handle->epoch : 0);
+  return text;
+}
+
+LandingShape Executor::landing_shape(const Op& op) const {
+  const DispatchCall& call = op.dispatch;
+  const Dtype payload = call.cast == Cast::kNone ? call.dtype : Dtype::kE4m3;
+  LandingShape shape;
+  shape.row_bytes = config_.hidden * dtype_bytes(payload);
+  shape.scales_bytes =
+      payload == Dtype::kE4m3 ? config_.hidden / kScaleBlock * sizeof(float) : 0;
+  shape.num_topk = config_.num_topk;
+  shape.is_fresh = op.kind == OpKind::kDispatch;
+  shape.layout = shape.is_fresh ? call.layout : op.handle->layout;
+  shape.alignment = shape.is_fresh ? call.alignment : op.handle->alignment;
+  return shape;
+}
+
+SlotLayout Executor::combine_slot(const Op& op) const {
+  const size_t grads = op.combine.has_weight_grads ? size_t(config_.num_topk) * sizeof(float) : 0;
+  return make_slot(config_.hidden * dtype_bytes(op.combine.dtype), 0, grads);
+}
+
+std::vector<size_t> Executor::needed_bytes(const Op& op, const ExchangeTable& table) const {
+  const Group& group = mesh_.group();
+  std::vector<size_t> needed(size_t(group.num_ranks()), 0);
+  for (int rank = 0; rank < group.num_ranks(); ++rank) {
+    if (op.kind == OpKind::kDispatch)
+      needed[size_t(rank)] =
+          dispatch_landing(group, table.counts, landing_shape(op), rank).total_bytes;
+    else if (op.kind == OpKind::kCachedDispatch)
+      needed[size_t(rank)] =
+          dispatch_landing(group, op.handle->counts, landing_shape(op), rank).total_bytes;
+    else if (op.kind == OpKind::kCombine)
+      needed[size_t(rank)] =
+          CombineLanding(group, op.handle->counts, combine_slot(op).slot_bytes, rank).total_bytes();
+  }
+  return needed;
+}
+
+// Exchanges until every rank has room, or all know why not. At most three rounds: ask, grow,
+// report that growing failed.
+Outcome Executor::negotiate(Op& op, ExchangeTable* table, uint64_t* epoch) {
+  const size_t me = size_t(mesh_.group().rank());
+  ExchangeHeader header;
+  set_text(&header, describe(op));
+  header.config_hash = hash_text(header.text);
+  OwnCounts counts;
+  const bool is_fresh = op.kind == OpKind::kDispatch;
+  std::string reject = op.reject;
+  if (reject.empty() && is_fresh)
+    reject = count_tokens(mesh_.group(), op.dispatch, config_.num_topk, &counts);
+  if (!reject.empty()) {
+    header.status = RowStatus::kRejected;
+    set_text(&header, reject);
+  }
+  const bool has_counts = is_fresh && header.status == RowStatus::kOk;
+  for (;;) {
+    grant_.reset();  // the old grant first, or there is nothing to take
+    grant_ = std::make_shared<Slab>(mesh_.arena(), mesh_.arena()->heap().take_largest());
+    header.grant_offset = grant_->offset();
+    header.grant_bytes = grant_->bytes();
+    Outcome outcome = run_exchange(op, header, has_counts ? &counts : nullptr, table);
+    *epoch = epoch_;
+    if (outcome.kind == OutcomeKind::kFault) return outcome;
+    outcome = judge(*table);
+    if (outcome.kind != OutcomeKind::kDone) return outcome;
+    const std::vector<size_t> needed = needed_bytes(op, *table);
+    bool is_short = false;
+    for (size_t rank = 0; rank < needed.size(); ++rank)
+      is_short |= needed[rank] > table->headers[rank].grant_bytes;
+    if (!is_short) return outcome;
+    if (needed[me] <= grant_->bytes()) continue;
+    grant_.reset();
+    try {
+      mesh_.arena()->grow_for(needed[me]);
+    } catch (const CapacityException& error) {
+      header.status = RowStatus::kCapacity;
+      header.needed = needed[me];
+      set_text(&header, error.what());
+    }
+  }
+}
+
+Outcome Executor::judge(const ExchangeTable& table) const {
+  Outcome outcome = outcome_of(OutcomeKind::kDone);
+  const auto add = [&outcome](size_t rank, const std::string& text) {
+    if (!outcome.message.empty()) outcome.message += "; ";
+    outcome.message += "rank " + std::to_string(rank) + ": " + text;
+  };
+  for (size_t rank = 0; rank < table.headers.size(); ++rank) {
+    const ExchangeHeader& header = table.headers[rank];
+    if (header.status == RowStatus::kOk) continue;
+    if (outcome.kind != OutcomeKind::kRejected)
+      outcome.kind = header.status == RowStatus::kRejected ? OutcomeKind::kRejected
+                                                           : OutcomeKind::kCapacity;
+    if (header.status == RowStatus::kCapacity) {
+      outcome.needed = header.needed;
+      outcome.available = header.grant_bytes;
+    }
+    add(rank, header.text);
+  }
+  if (outcome.kind != OutcomeKind::kDone) return outcome;
+  for (size_t rank = 1; rank < table.headers.size(); ++rank) {
+    if (table.headers[rank].config_hash == table.headers[0].config_hash) continue;
+    outcome.kind = OutcomeKind::kRejected;
+    outcome.message = "ranks disagree about the call: rank 0 calls '" +
+                      std::string(table.headers[0].text) + "', rank " + std::to_string(rank) +
+                      " calls '" + table.headers[rank].text + "'";
+    return outcome;
+  }
+  return outcome;
+}
+
+Outcome Executor::run_exchange(Op& op, ExchangeHeader header, const OwnCounts* counts,
+                               ExchangeTable* table) {
+  Exchange exchange(mesh_, proxy_, fifos_[0], ++epoch_, header, counts);
+  Backoff backoff(kMaxWaitSleepUs);
+  double last_progress = now_s();
+  while (!exchange.is_done()) {
+    if (may_step("exchange") && exchange.step()) {
+      backoff.reset();
+      last_progress = now_s();
+      continue;
+    }
+    const double waited = now_s() - last_progress;
+    if (waited > config_.timeout_s)
+      raise_timeout(op_name(op.kind), "exchange", exchange.waits_for(), epoch_, waited);
+    if (board_.raised()) return fault_outcome(op_name(op.kind), "exchange", exchange.waits_for());
+    backoff.wait();
+  }
+  *table = exchange.table();
+  return outcome_of(OutcomeKind::kDone);
+}
+
+Outcome Executor::run_dispatch(Op& op, const ExchangeTable& table, uint64_t epoch) {
+  const Group& group = mesh_.group();
+  const bool is_fresh = op.kind == OpKind::kDispatch;
+  if (is_fresh) {
+    auto handle = std::make_shared<HandleData>();
+    handle->epoch = epoch;
+    handle->layout = op.dispatch.layout;
+    handle->alignment = op.dispatch.alignment;
+    handle->num_topk = config_.num_topk;
+    handle->num_tokens = op.dispatch.num_tokens;
+    handle->counts = table.counts;
+    build_plan(group, op.dispatch, handle.get());
+    op.handle = std::move(handle);
+  }
+  DispatchContext context{&mesh_,
+                          &proxy_,
+                          &totals_,
+                          op.handle.get(),
+                          op.dispatch,
+                          epoch,
+                          is_fresh,
+                          config_.chunk_tokens,
+                          config_.ring_bytes,
+                          config_.chunk_bytes,
+                          config_.hidden,
+                          config_.hidden * dtype_bytes(op.dispatch.dtype),
+                          landing_shape(op),
+                          {},
+                          {}};
+  for (const ExchangeHeader& header : table.headers) context.grants.push_back(header.grant_offset);
+  context.landing.resize(size_t(group.num_ranks()));
+  for (int rank : group.peers())
+    context.landing[size_t(rank)] =
+        dispatch_landing(group, op.handle->counts, context.shape, rank);
+  op.landing = context.landing[size_t(group.rank())];
+
+  Outcome outcome =
+      run_roles(op_name(op.kind), make_dispatch_roles(context, fifos_), epoch);
+  if (outcome.kind != OutcomeKind::kDone) return outcome;
+  op.output = grant_->split_front(op.landing.output_bytes);
+  if (is_fresh)
+    op.handle->records = grant_->split_front(op.landing.total_bytes - op.landing.records_offset);
+  return outcome;
+}
+
+Outcome Executor::run_combine(Op& op, const ExchangeTable& table, uint64_t epoch) {
+  const Group& group = mesh_.group();
+  CombineContext context{&mesh_,
+                         &proxy_,
+                         &totals_,
+                         op.handle.get(),
+                         op.combine,
+                         epoch,
+                         config_.chunk_tokens,
+                         config_.ring_bytes,
+                         config_.chunk_bytes,
+                         config_.hidden,
+                         combine_slot(op),
+                         {},
+                         {}};
+  for (const ExchangeHeader& header : table.headers) context.grants.push_back(header.grant_offset);
+  context.landing.resize(size_t(group.num_ranks()));
+  for (int rank : group.peers())
+    context.landing[size_t(rank)] = std::make_unique<CombineLanding>(
+        group, op.handle->counts, context.slot.slot_bytes, rank);
+  return run_roles(op_name(op.kind), make_combine_roles(context, fifos_), epoch);
+}
+
+Outcome Executor::run_roles(const char* name, std::vector<std::unique_ptr<Role>> roles,
+                            uint64_t epoch) {
+  Phase phase;
+  phase.roles = std::move(roles);
+  phase.op_name = name;
+  phase.num_running = config_.num_threads - 1;
+  if (config_.num_threads > 1) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    phase_ = &phase;
+    phase_epoch_ = epoch;
+    ++phase_number_;
+    wake_.notify_all();
+  }
+  run_share(phase, 0, epoch);
+  Backoff backoff(kMaxWaitSleepUs);
+  // Partner: the release in help(). The helpers' deadlines end this wait.
+  while (phase.num_running.load(std::memory_order_acquire) > 0) backoff.wait();
+  count(phase);
+  if (!phase.is_aborted.load(std::memory_order_acquire)) return outcome_of(OutcomeKind::kDone);
+  for (const auto& role : phase.roles)
+    if (!role->is_done() && role->waits_for().peer >= 0)
+      return fault_outcome(name, role->name(), role->waits_for());
+  return fault_outcome(name, "roles", {});
+}
+
+void Executor::help(int thread) {
+  uint64_t seen = 0;
+  for (;;) {
+    Phase* phase;
+    uint64_t epoch;
+    {
+      std::unique_lock<std::mutex> lock(mutex_);
+      wake_.wait(lock, [&] { return phase_number_ != seen || (stop_ && !is_running_); });
+      if (phase_number_ == seen) return;
+      seen = phase_number_;
+      phase = phase_;
+      epoch = phase_epoch_;
+    }
+    run_share(*phase, thread, epoch);
+    phase->num_running.fetch_sub(1, std::memory_order_release);  // partner: run_roles
+  }
+}
+
+// Steps this thread's roles until they are done (true) or the Runtime has a fault (false).
+bool Executor::run_share(Phase& phase, int thread, uint64_t epoch) {
+  Backoff backoff(kMaxWaitSleepUs);
+  double last_progress = now_s();
+  for (;;) {
+    bool has_moved = false;
+    bool is_done = true;
+    const Role* blocked = nullptr;
+    for (size_t i = size_t(thread); i < phase.roles.size(); i += size_t(config_.num_threads)) {
+      Role& role = *phase.roles[i];
+      if (role.is_done()) continue;
+      is_done = false;
+      if (may_step(role.name())) has_moved |= role.step();
+      if (blocked == nullptr || blocked->waits_for().peer < 0) blocked = &role;
+    }
+    if (is_done) return true;
+    if (board_.raised()) {
+      phase.is_aborted.store(true, std::memory_order_release);
+      return false;
+    }
+    if (has_moved) {
+      backoff.reset();
+      last_progress = now_s();
+      continue;
+    }
+    const double waited = now_s() - last_progress;
+    if (waited > config_.timeout_s)
+      raise_timeout(phase.op_name, blocked->name(), blocked->waits_for(), epoch, waited);
+    backoff.wait();
+  }
+}
+
+void Executor::raise_timeout(const char* name, const char* role, const Wait& wait, uint64_t epoch,
+                             double waited_s) {
+  FaultRecord fault;
+  fault.kind = FaultKind::kTimeout;
+  fault.rank = mesh_.group().rank();
+  fault.peer = wait.peer;
+  fault.channel = wait.channel;
+  fault.tag = epoch;
+  fault.expected = wait.expected;
+  fault.seen = wait.seen;
+  fault.set_phase((std::string(name) + "/" + role).c_str());
+  char text[sizeof fault.detail];
+  std::snprintf(text, sizeof text, "no progress for %.1f s (limit %.1f s)", waited_s,
+                config_.timeout_s);
+  fault.set_detail(text);
+  board_.raise(fault);
+}
+
+Outcome Executor::fault_outcome(const char* name, const char* role, const Wait& wait) const {
+  Outcome outcome = outcome_of(OutcomeKind::kFault);
+  outcome.fault = board_.record();
+  outcome.waited_phase = std::string(name) + "/" + role;
+  outcome.waited_peer = wait.peer;
+  outcome.waited_channel = wait.channel;
+  return outcome;
+}
+
+void Executor::count(const Phase& phase) {
+  std::lock_guard<std::mutex> lock(counters_mutex_);
+  for (const auto& role : phase.roles) {
+    RoleCounters& sum = counters_[role->name()];
+    sum.rows += role->counters().rows;
+    sum.bytes_read += role->counters().bytes_read;
+    sum.bytes_written += role->counters().bytes_written;
+  }
+}
+
+std::map<std::string, RoleCounters> Executor::counters() const {
+  std::lock_guard<std::mutex> lock(counters_mutex_);
+  return counters_;
+}
+
+}  // namespace commlib

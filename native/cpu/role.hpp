@@ -1,0 +1,41 @@
+// A role of P2-P4 as a resumable state machine. step() never blocks.
+#pragma once
+
+#include "common/types.hpp"
+
+namespace commlib {
+
+// What a role stands still for; becomes the fault record when the deadline passes.
+struct Wait {
+  int peer = -1;
+  int channel = -1;  // source rank of the stream
+  uint64_t expected = 0;
+  uint64_t seen = 0;
+};
+
+// Bytes this role read and wrote, for the "no staging copy beyond P2-P4" figure.
+struct RoleCounters {
+  uint64_t rows = 0;
+  uint64_t bytes_read = 0;
+  uint64_t bytes_written = 0;
+};
+
+class Role {
+ public:
+  explicit Role(const char* name) : name_(name) {}
+  virtual ~Role() = default;
+  // Does a bounded amount of work; true if anything moved.
+  virtual bool step() = 0;
+  virtual bool is_done() const = 0;
+  virtual Wait waits_for() const = 0;
+  const char* name() const { return name_; }
+  const RoleCounters& counters() const { return counters_; }
+
+ protected:
+  RoleCounters counters_;
+
+ private:
+  const char* name_;
+};
+
+}  // namespace commlib

@@ -1,0 +1,51 @@
+// Heartbeats and the spreading of fault records. Runs on the proxy thread, so a process that is
+// stopped, dead or wedged stops beating; a rank that is merely slow does not.
+#pragma once
+
+#include <vector>
+
+#include "memory/mesh.hpp"
+#include "proxy/fault_board.hpp"
+#include "transport/transport.hpp"
+
+namespace commlib {
+
+class Monitor {
+ public:
+  Monitor(Mesh& mesh, Transport* transport, FaultBoard& board, double heartbeat_timeout_s);
+
+  // Call often; does its work at most once a period. Returns true if it did.
+  bool tick(double now);
+  // Tells the peers that silence from now on is not a failure.
+  void say_closed();
+  // A peer that said so.
+  bool is_closed(int peer) const;
+  double period_s() const { return period_s_; }
+
+ private:
+  struct Peer {
+    int rank;
+    bool is_local;
+    uint64_t last_beat;
+    double last_change;
+  };
+
+  uint64_t read_beat(const Peer& peer) const;
+  void beat(uint64_t value);
+  void check_beats(double now);
+  void collect_faults();
+  void spread_fault();
+
+  Mesh& mesh_;
+  Transport* transport_;  // nullptr on one node
+  FaultBoard& board_;
+  double heartbeat_timeout_s_;
+  double period_s_;
+  double next_tick_ = 0;
+  double last_tick_ = 0;
+  uint64_t beats_ = 0;
+  bool spread_ = false;
+  std::vector<Peer> peers_;
+};
+
+}  // namespace commlib

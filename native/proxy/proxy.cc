@@ -1,0 +1,174 @@
+#include "proxy/proxy.hpp"
+
+#include <algorithm>
+#include <cassert>
+
+#include "common/backoff.hpp"
+
+namespace commlib {
+namespace {
+
+constexpr int kBatch = 64;             // commands between two rounds of fence and signals
+constexpr uint64_t kNoChannel = ~0ull; // token of puts that are not channel commands
+
+uint64_t make_token(uint32_t channel, uint64_t index) { return uint64_t(channel) << 48 | index; }
+
+}  // namespace
+
+Proxy::Proxy(Mesh& mesh, FaultBoard& board, int num_fifos) : mesh_(mesh), board_(board) {
+  for (int i = 0; i < num_fifos; ++i) {
+    fifos_.push_back(std::make_unique<Fifo>());
+    consumers_.push_back(FifoConsumer{fifos_.back()->memory()});
+  }
+}
+
+Proxy::~Proxy() { stop(false, 0); }
+
+void Proxy::set_transport(std::unique_ptr<Transport> transport, double heartbeat_timeout_s) {
+  transport_ = std::move(transport);
+  monitor_ = std::make_unique<Monitor>(mesh_, transport_.get(), board_, heartbeat_timeout_s);
+}
+
+void Proxy::set_channels(ChannelTable table) {
+  table_.emplace(std::move(table));
+  for (const ChannelSpec& spec : table_->specs()) {
+    channels_.push_back(std::make_unique<Channel>());
+    channels_.back()->spec = spec;
+  }
+}
+
+void Proxy::start() {
+  thread_ = std::thread([this] { loop(); });
+}
+
+void Proxy::set_busy(bool is_busy) {
+  is_busy_.store(is_busy, std::memory_order_release);
+  if (is_busy) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    wake_.notify_one();
+  }
+}
+
+void Proxy::stop(bool is_clean, double timeout_s) {
+  if (!thread_.joinable()) return;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    is_clean_stop_ = is_clean;
+    stop_timeout_s_ = timeout_s;
+    stop_.store(true, std::memory_order_release);
+    wake_.notify_one();
+  }
+  thread_.join();
+}
+
+void Proxy::loop() {
+  // With remote peers an idle proxy must go on progressing: puts over TCP land only if it does.
+  const auto idle_period = std::chrono::duration<double>(
+      transport_ ? std::min(0.0005, monitor_->period_s()) : monitor_->period_s());
+  Backoff backoff(100);
+  while (!stop_.load(std::memory_order_acquire)) {
+    int events = drain();
+    if (transport_) {
+      events += transport_->progress();
+      check_transport();
+    }
+    monitor_->tick(now_s());
+    if (events > 0) {
+      backoff.reset();
+    } else if (is_busy_.load(std::memory_order_acquire) && transport_) {
+      backoff.wait();
+    } else {
+      std::unique_lock<std::mutex> lock(mutex_);
+      if (!stop_.load(std::memory_order_relaxed)) wake_.wait_for(lock, idle_period);
+    }
+  }
+  if (is_clean_stop_) {
+    const double deadline = now_s() + stop_timeout_s_;
+    while (drain() > 0 && now_s() < deadline)
+      if (transport_) transport_->progress();
+    monitor_->say_closed();
+  } else if (board_.raised()) {
+    monitor_->tick(now_s() + 1e6);  // the fault must reach the peers before we go
+  }
+  if (transport_) transport_->shutdown(is_clean_stop_ ? stop_timeout_s_ : 0.2);
+}
+
+int Proxy::drain() {
+  int count = 0;
+  for (FifoConsumer& consumer : consumers_) {
+    Command command;
+    for (int i = 0; i < kBatch && consumer.pop(&command); ++i, ++count) post(decode(command));
+  }
+  if (!dirty_.empty()) signal_dirty();
+  if (count > 0) num_commands_.fetch_add(uint64_t(count), std::memory_order_relaxed);
+  return count;
+}
+
+void Proxy::post(const CommandFields& command) {
+  Channel& channel = *channels_[command.channel];
+  if (command.kind == CommandKind::kPut) {
+    channel.in_flight.push_back(false);
+    const uint64_t token = make_token(command.channel, channel.posted++);
+    auto& bytes = channel.spec.purpose == ChannelPurpose::kExchange ? exchange_bytes_ : data_bytes_;
+    bytes.fetch_add(command.bytes, std::memory_order_relaxed);
+    transport_->put(channel.spec.peer, command.src_offset, command.dst_offset, command.bytes,
+                    token);
+  }
+  channel.total += command.count;
+  if (!channel.is_dirty) {
+    channel.is_dirty = true;
+    dirty_.push_back(&channel);
+  }
+}
+
+// One fence per peer, then the counters of all its channels that moved.
+void Proxy::signal_dirty() {
+  std::sort(dirty_.begin(), dirty_.end(),
+            [](const Channel* a, const Channel* b) { return a->spec.peer < b->spec.peer; });
+  int fenced_peer = -1;
+  for (Channel* channel : dirty_) {
+    if (channel->spec.peer != fenced_peer) {
+      fenced_peer = channel->spec.peer;
+      // Partner: the acquire load of the counter at the peer (forward, final_reduce, exchange).
+      transport_->fence(fenced_peer);
+    }
+    transport_->put_signal(fenced_peer, channel->spec.remote_signal_offset, channel->total);
+    channel->is_dirty = false;
+  }
+  num_signals_.fetch_add(dirty_.size(), std::memory_order_relaxed);
+  dirty_.clear();
+}
+
+void Proxy::on_put_complete(uint64_t token) {
+  if (token == kNoChannel) return;
+  Channel& channel = *channels_[token >> 48];
+  const uint64_t index = token & ((1ull << 48) - 1);
+  uint64_t completed = channel.completed.load(std::memory_order_relaxed);
+  assert(index >= completed && index < channel.posted);
+  channel.in_flight[index - completed] = true;
+  while (!channel.in_flight.empty() && channel.in_flight.front()) {
+    channel.in_flight.pop_front();
+    ++completed;
+  }
+  channel.completed.store(completed, std::memory_order_release);  // partner: completed()
+}
+
+void Proxy::check_transport() {
+  while (const auto fault = transport_->take_fault()) {
+    if (board_.raised() || (fault->peer >= 0 && monitor_->is_closed(fault->peer))) continue;
+    FaultRecord record;
+    record.kind = fault->peer >= 0 ? FaultKind::kPeerLost : FaultKind::kTransport;
+    record.rank = mesh_.group().rank();
+    record.peer = fault->peer;
+    record.code = fault->code;
+    record.set_phase(("transport/" + fault->call).c_str());
+    record.set_detail(fault->message.c_str());
+    board_.raise(record);
+  }
+}
+
+ProxyCounters Proxy::counters() const {
+  return {num_commands_.load(), data_bytes_.load(), exchange_bytes_.load(), num_signals_.load()};
+}
+
+}  // namespace commlib

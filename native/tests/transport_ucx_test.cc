@@ -1,0 +1,362 @@
+// UCX provider: between threads of this process, and against a second process (this program
+// started again with --peer) that can be stopped and killed.
+#define DOCTEST_CONFIG_IMPLEMENT
+#include <doctest/doctest.h>
+#include <signal.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <optional>
+
+#include "tests/transport_stream.hpp"
+
+namespace commlib::testing {
+namespace {
+
+constexpr StreamShape kSmall{7168, 4000, 16};
+constexpr StreamShape kLarge{256 << 10, 1000, 8};
+constexpr StreamShape kEndless{64 << 10, 1ull << 40, 16};
+
+std::unique_ptr<Transport> make_node_transport(PutListener* listener, int rank) {
+  return make_transport("ucx", listener, rank);
+}
+
+// UCX reads its environment when a transport is made. Null: what the machine offers.
+class ScopedTls {
+ public:
+  explicit ScopedTls(const char* tls) {
+    if (tls != nullptr) setenv("UCX_TLS", tls, 1);
+  }
+  ~ScopedTls() { unsetenv("UCX_TLS"); }
+};
+
+void write_all(int fd, const void* data, size_t bytes) {
+  if (write(fd, data, bytes) != static_cast<ssize_t>(bytes)) throw std::runtime_error("write");
+}
+
+void read_all(int fd, void* data, size_t bytes) {
+  for (size_t done = 0; done < bytes;) {
+    const ssize_t n = read(fd, static_cast<char*>(data) + done, bytes - done);
+    if (n <= 0) throw std::runtime_error("the other process is gone");
+    done += static_cast<size_t>(n);
+  }
+}
+
+void write_blob(int fd, const std::vector<uint8_t>& blob) {
+  const size_t bytes = blob.size();
+  write_all(fd, &bytes, sizeof(bytes));
+  write_all(fd, blob.data(), bytes);
+}
+
+std::vector<uint8_t> read_blob(int fd) {
+  size_t bytes = 0;
+  read_all(fd, &bytes, sizeof(bytes));
+  std::vector<uint8_t> blob(bytes);
+  read_all(fd, blob.data(), bytes);
+  return blob;
+}
+
+// The peer process: rank 1, consumer of a stream. Pipes on descriptors 3 (in) and 4 (out).
+int run_peer(const StreamShape& shape) {
+  Node node(1, shape, make_node_transport);
+  write_blob(4, node.transport->address());
+  node.transport->connect(0, read_blob(3));
+  Stream stream(node, 0, false, true);
+  while (!stream.step()) {
+    if (const auto fault = node.transport->take_fault()) {
+      fprintf(stderr, "peer: %s\n", fault->message.c_str());
+      return 3;
+    }
+    if (getppid() == 1) return 4;  // orphaned
+  }
+  const uint64_t bad_words = stream.bad_words();
+  write_all(4, &bad_words, sizeof(bad_words));
+  // The producer says when it has seen the last acknowledgement.
+  uint8_t go = 0;
+  read_all(3, &go, 1);
+  node.transport->shutdown(2.0);
+  return 0;
+}
+
+class PeerProcess {
+ public:
+  explicit PeerProcess(const char* shape) {
+    int to_peer[2], from_peer[2];
+    if (pipe(to_peer) != 0 || pipe(from_peer) != 0) throw std::runtime_error("pipe");
+    pid_ = fork();
+    if (pid_ == 0) {
+      const int in = dup(to_peer[0]), out = dup(from_peer[1]);
+      for (int fd : {to_peer[0], to_peer[1], from_peer[0], from_peer[1]}) close(fd);
+      const int in_high = fcntl_dup(in, 10), out_high = fcntl_dup(out, 11);
+      dup2(in_high, 3);
+      dup2(out_high, 4);
+      execl("/proc/self/exe", "transport_ucx_test", "--peer", shape, nullptr);
+      _exit(127);
+    }
+    close(to_peer[0]);
+    close(from_peer[1]);
+    in_ = from_peer[0];
+    out_ = to_peer[1];
+  }
+  ~PeerProcess() {
+    if (pid_ > 0) {
+      kill(pid_, SIGKILL);
+      wait();
+    }
+    close(in_);
+    close(out_);
+  }
+  void signal(int number) { kill(pid_, number); }
+  int wait() {
+    int status = 0;
+    waitpid(pid_, &status, 0);
+    pid_ = -1;
+    return WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
+  }
+  void connect(Node& node) {
+    node.transport->connect(1, read_blob(in_));
+    write_blob(out_, node.transport->address());
+  }
+  int in() const { return in_; }
+  int out() const { return out_; }
+
+ private:
+  static int fcntl_dup(int fd, int at) {
+    dup2(fd, at);
+    close(fd);
+    return at;
+  }
+  pid_t pid_ = -1;
+  int in_ = -1;
+  int out_ = -1;
+};
+
+constexpr double kPatience = 30.0;  // only a hang takes that long
+
+struct Outcome {
+  bool is_complete = false;
+  uint64_t bad_words = 0;
+  bool tokens_once = false;
+  std::string fault;
+};
+
+// Runs one end until done; `done` is counted up so that both ends progress until both are done.
+Outcome run_end(Node& node, int peer, std::atomic<int>& done) {
+  Stream stream(node, peer, true, true);
+  const auto start = Clock::now();
+  Outcome outcome;
+  bool is_counted = false;
+  while (done.load() < 2 && seconds_since(start) < kPatience) {
+    outcome.is_complete = stream.step();
+    if (outcome.is_complete && !is_counted) {
+      is_counted = true;
+      ++done;
+    }
+  }
+  if (const auto fault = node.transport->take_fault()) outcome.fault = fault->message;
+  outcome.bad_words = stream.bad_words();
+  outcome.tokens_once = node.tokens.each_once(node.shape.messages);
+  return outcome;
+}
+
+void check_pair(const char* tls, StreamShape shape) {
+  ScopedTls scoped(tls);
+  Node a(0, shape, make_node_transport), b(1, shape, make_node_transport);
+  a.transport->connect(1, b.transport->address());
+  b.transport->connect(0, a.transport->address());
+  std::atomic<int> done{0};
+  std::vector<Outcome> outcomes(2);
+  std::thread other([&] { outcomes[1] = run_end(b, 0, done); });
+  outcomes[0] = run_end(a, 1, done);
+  other.join();
+  MESSAGE(a.transport->describe());
+  for (const Outcome& outcome : outcomes) {
+    CHECK(outcome.is_complete);
+    CHECK(outcome.bad_words == 0);
+    CHECK(outcome.tokens_once);
+    CHECK(outcome.fault == "");
+  }
+  a.transport->shutdown(1.0);
+  b.transport->shutdown(1.0);
+  CHECK_FALSE(a.transport->take_fault().has_value());
+  CHECK_FALSE(b.transport->take_fault().has_value());
+}
+
+// tcp+self keeps two processes of one host off shared memory.
+constexpr const char* kTcp = "tcp,self";
+
+TEST_CASE("threads, tcp: every word is there when the signal is") {
+  check_pair(kTcp, kSmall);
+  check_pair(kTcp, {256 << 10, 300, 8});
+}
+
+TEST_CASE("threads, default transports: every word is there when the signal is") {
+  check_pair(nullptr, kSmall);
+  check_pair(nullptr, {256 << 10, 300, 8});
+}
+
+void check_processes(const char* tls, const char* shape_name, const StreamShape& shape) {
+  ScopedTls scoped(tls);
+  PeerProcess peer(shape_name);
+  Node node(0, shape, make_node_transport);
+  peer.connect(node);
+  Stream stream(node, 1, true, false);
+  const auto start = Clock::now();
+  bool is_complete = false;
+  while (!is_complete && seconds_since(start) < kPatience) is_complete = stream.step();
+  const double seconds = seconds_since(start);
+  REQUIRE(is_complete);
+  MESSAGE(node.transport->describe(), ": ",
+          static_cast<double>(shape.messages * shape.slot_bytes) / seconds / 1e9, " GB/s");
+  uint64_t bad_words = 1;
+  read_all(peer.in(), &bad_words, sizeof(bad_words));
+  CHECK(bad_words == 0);
+  CHECK(node.tokens.each_once(shape.messages));
+  CHECK_FALSE(node.transport->take_fault().has_value());
+  write_all(peer.out(), "g", 1);
+  node.transport->shutdown(2.0);
+  CHECK(peer.wait() == 0);
+}
+
+TEST_CASE("processes, tcp, 7 KB") { check_processes(kTcp, "small", kSmall); }
+TEST_CASE("processes, tcp, 256 KB") { check_processes(kTcp, "large", kLarge); }
+TEST_CASE("processes, default transports, 7 KB") { check_processes(nullptr, "small", kSmall); }
+TEST_CASE("processes, default transports, 256 KB") { check_processes(nullptr, "large", kLarge); }
+
+void step_for(Stream& stream, double seconds) {
+  const auto start = Clock::now();
+  while (seconds_since(start) < seconds) stream.step();
+}
+
+void check_kill(const char* tls, bool is_stopped_first) {
+  ScopedTls scoped(tls);
+  PeerProcess peer("endless");
+  Node node(0, kEndless, make_node_transport);
+  peer.connect(node);
+  Stream stream(node, 1, true, false);
+  step_for(stream, 0.3);
+  REQUIRE(stream.acknowledged() > 0);
+  if (is_stopped_first) {  // then puts are in flight when it dies
+    peer.signal(SIGSTOP);
+    step_for(stream, 0.2);
+  }
+  peer.signal(SIGKILL);
+  // Reaped at once: UCX takes a zombie for a living process when it looks behind shared memory.
+  CHECK(peer.wait() == -SIGKILL);
+  const auto killed = Clock::now();
+  std::optional<TransportFault> fault;
+  while (!fault && seconds_since(killed) < 5.0) {
+    stream.step();
+    fault = node.transport->take_fault();
+  }
+  REQUIRE(fault.has_value());
+  CHECK(fault->peer == 1);
+  CHECK(fault->message.find("rank 1") != std::string::npos);
+  MESSAGE("after ", seconds_since(killed) * 1e3, " ms: ", fault->message);
+  const uint64_t first = stream.sent();
+  node.transport->put(1, 0, 0, 4096, first);  // completes, although nobody is there
+  node.transport->put_signal(1, 0, 1);
+  const auto drain = Clock::now();
+  while (!node.transport->idle() && seconds_since(drain) < 2.0) node.transport->progress();
+  CHECK(node.transport->idle());
+  CHECK_FALSE(node.transport->take_fault().has_value());
+  const auto closing = Clock::now();
+  node.transport->shutdown(2.0);
+  CHECK(seconds_since(closing) < 2.5);
+  CHECK(node.tokens.each_once(first + 1));
+}
+
+TEST_CASE("tcp: a killed peer is a fault that names it") { check_kill(kTcp, false); }
+TEST_CASE("tcp: killed with puts in flight") { check_kill(kTcp, true); }
+TEST_CASE("default transports: a killed peer is a fault that names it") {
+  check_kill(nullptr, false);
+}
+TEST_CASE("default transports: killed with puts in flight") { check_kill(nullptr, true); }
+
+// Long enough for the receive window to close and for keepalive rounds to pass.
+void check_stop(const char* tls, double seconds) {
+  ScopedTls scoped(tls);
+  PeerProcess peer("endless");
+  Node node(0, kEndless, make_node_transport);
+  peer.connect(node);
+  Stream stream(node, 1, true, false);
+  step_for(stream, 0.3);
+  peer.signal(SIGSTOP);
+  step_for(stream, 0.1);
+  const uint64_t before = stream.acknowledged();
+  step_for(stream, seconds);
+  CHECK(stream.acknowledged() == before);
+  CHECK_FALSE(node.transport->take_fault().has_value());
+  peer.signal(SIGCONT);
+  step_for(stream, 0.5);
+  CHECK(stream.acknowledged() > before);
+  CHECK_FALSE(node.transport->take_fault().has_value());
+  // Closing does not wait for a stopped peer beyond its time-out, and reports every token.
+  peer.signal(SIGSTOP);
+  step_for(stream, 0.1);
+  const auto closing = Clock::now();
+  node.transport->shutdown(0.5);
+  CHECK(seconds_since(closing) < 1.6);
+  CHECK(node.tokens.each_once(stream.sent()));
+}
+
+TEST_CASE("tcp: a stopped peer is no fault and traffic resumes") { check_stop(kTcp, 3.0); }
+TEST_CASE("default transports: a stopped peer is no fault and traffic resumes") {
+  check_stop(nullptr, 1.5);
+}
+
+TEST_CASE("a peer that was never connected from here may send") {
+  ScopedTls scoped(kTcp);
+  StreamShape shape{4096, 1, 4};
+  Node a(0, shape, make_node_transport);
+  {
+    Node b(1, shape, make_node_transport);
+    b.transport->connect(0, a.transport->address());
+    b.transport->put(0, 0, 0, 4096, 0);
+    b.transport->fence(0);
+    b.transport->put_signal(0, shape.sequence_offset(), 9);
+    const auto start = Clock::now();
+    while (a.load(shape.sequence_offset()) != 9 && seconds_since(start) < 3.0) {
+      a.transport->progress();
+      b.transport->progress();
+    }
+    CHECK(a.load(shape.sequence_offset()) == 9);
+  }
+  const auto start = Clock::now();
+  while (seconds_since(start) < 0.2) a.transport->progress();  // b has gone: not our fault
+  CHECK_FALSE(a.transport->take_fault().has_value());
+}
+
+TEST_CASE("misuse is reported, not transmitted") {
+  StreamShape shape{4096, 1, 4};
+  Node a(0, shape, make_node_transport), b(1, shape, make_node_transport);
+  CHECK_THROWS_AS(a.transport->connect(1, {1, 2, 3}), TransportException);
+  CHECK_THROWS_AS(a.transport->register_region(a.base, 4096), TransportException);
+  a.transport->put(5, 0, 0, 8, 0);
+  auto fault = a.transport->take_fault();
+  REQUIRE(fault.has_value());
+  CHECK(fault->peer == 5);
+  a.transport->connect(2, b.transport->address());
+  a.transport->put(2, 0, shape.region_bytes(), 8, 1);
+  fault = a.transport->take_fault();
+  REQUIRE(fault.has_value());
+  CHECK(fault->peer == 2);
+  CHECK(fault->message.find("outside the region") != std::string::npos);
+  a.transport->progress();
+  CHECK(a.tokens.each_once(2));
+}
+
+}  // namespace
+}  // namespace commlib::testing
+
+int main(int argc, char** argv) {
+  using namespace commlib::testing;
+  signal(SIGPIPE, SIG_IGN);
+  if (argc == 3 && std::strcmp(argv[1], "--peer") == 0) {
+    const std::string name = argv[2];
+    return run_peer(name == "small" ? kSmall : name == "large" ? kLarge : kEndless);
+  }
+  return doctest::Context(argc, argv).run();
+}

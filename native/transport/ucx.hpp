@@ -1,0 +1,140 @@
+// Provider over UCX (UCP): one context and one worker per transport, one endpoint per peer.
+//
+// Why puts and not active messages: a put of a chunk is one operation on every fabric, and on RDMA
+// needs nothing from the receiver. Where the fabric has no put (TCP with error handling, memory
+// UCX cannot map), UCX emulates it inside ucp_worker_progress of the receiver.
+//
+// Where a put is emulated, the receiver's proxy thread writes payload and signal with plain stores
+// in posting order. On x86-64 that order is what other threads see (total store order). On a
+// weakly ordered CPU it is not promised; there use a fabric whose puts are written by hardware.
+#pragma once
+
+#include <ucp/api/ucp.h>
+
+#include <chrono>
+#include <deque>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "transport/provider_base.hpp"
+
+namespace commlib {
+
+class UcxTransport final : public ProviderBase {
+ public:
+  UcxTransport(PutListener* listener, int rank);
+  ~UcxTransport() override;
+  UcxTransport(const UcxTransport&) = delete;
+  UcxTransport& operator=(const UcxTransport&) = delete;
+
+  std::string name() const override { return "ucx"; }
+  std::string describe() const override;
+  void register_region(void* base, size_t bytes) override;
+  std::vector<uint8_t> address() const override;
+  void connect(int peer, const std::vector<uint8_t>& address) override;
+  void put(int peer, size_t local_offset, size_t remote_offset, size_t bytes,
+           uint64_t token) override;
+  void fence(int peer) override;
+  void put_signal(int peer, size_t remote_offset, uint64_t value) override;
+  int progress() override;
+  bool idle() const override;
+  void shutdown(double timeout_s) noexcept override;
+
+ private:
+  using Clock = std::chrono::steady_clock;
+
+  // How a fence is made.
+  enum class FenceMode {
+    // ucp_worker_fence with UCX_FENCE_MODE=ep_based: an ordering mark per endpoint. Free on an
+    // endpoint with one RMA lane (UCX's default); with more lanes UCX blocks in a flush of it.
+    kEndpoint,
+    // Older UCX: ucp_worker_fence would block in a remote flush of all endpoints, so that one
+    // stopped peer stops everything. We flush the one endpoint and hold its commands back.
+    kFlush,
+  };
+
+  enum class CommandKind { kPut, kSignal, kFence };
+
+  struct Command {
+    CommandKind kind;
+    size_t local_offset = 0;
+    size_t remote_offset = 0;
+    size_t bytes = 0;
+    uint64_t value = 0;  // token of a put, value of a signal
+  };
+
+  struct Peer {
+    UcxTransport* owner = nullptr;
+    int rank = -1;
+    ucp_ep_h ep = nullptr;
+    ucp_rkey_h rkey = nullptr;
+    uint64_t remote_base = 0;
+    size_t remote_bytes = 0;
+    size_t outstanding = 0;        // operations that use ep and rkey
+    bool failed = false;           // no new operations
+    bool is_flushing = false;      // a flush started by a fence or by shutdown is outstanding
+    bool posted_since_fence = false;
+    bool signal_since_fence = false;
+    std::deque<Command> held;      // kFlush: commands behind a fence that is under way
+  };
+
+  // One operation given to UCX. The address is stable until it completes, because UCX reads the
+  // word of a signal late.
+  struct Operation {
+    Peer* peer = nullptr;  // null: free
+    CommandKind kind = CommandKind::kPut;
+    uint64_t value = 0;  // token of a put; the source word of a signal
+  };
+
+  // ucx_setup.cc
+  void create_context();
+  void create_worker();
+  FenceMode configure(ucp_config_t* config) const;
+  void unpack_address(Peer& peer, const std::vector<uint8_t>& address) const;
+  std::string describe_peer(const Peer& peer) const;
+  [[noreturn]] void throw_setup(const char* call, ucs_status_t status, int peer,
+                                const std::string& what) const;
+  [[noreturn]] void throw_registration(ucs_status_t status, size_t bytes) const;
+  void release_handles() noexcept;
+
+  // ucx.cc
+  Peer* find_peer(int peer, const char* call);
+  void submit(Peer& peer, const Command& command);
+  void execute(Peer& peer, const Command& command);
+  void post(Peer& peer, const Command& command);
+  void start_flush(Peer& peer);
+  Operation* begin(Peer& peer, CommandKind kind, uint64_t value);
+  void track(Operation* operation, ucs_status_ptr_t request);
+  void finish(Operation* operation, ucs_status_t status);
+  int release_held();
+  void fail_peer(Peer& peer, int code, const std::string& call, const std::string& message);
+  void close_failed();
+  void close_endpoint(Peer& peer);
+  bool is_drained() const { return outstanding_ == 0 && held_ == 0; }
+  bool is_closed() const { return closing_ == 0; }
+  bool wait_until(Clock::time_point deadline, bool (UcxTransport::*done)() const);
+  void complete_leftovers();
+
+  static void on_operation(void* request, ucs_status_t status, void* user_data);
+  static void on_closed(void* request, ucs_status_t status, void* user_data);
+  static void on_endpoint_error(void* user_data, ucp_ep_h ep, ucs_status_t status);
+
+  ucp_context_h context_ = nullptr;
+  ucp_worker_h worker_ = nullptr;
+  ucp_mem_h memory_ = nullptr;
+  FenceMode fence_mode_ = FenceMode::kEndpoint;
+  std::byte* base_ = nullptr;
+  size_t bytes_ = 0;
+
+  std::vector<std::unique_ptr<Peer>> peers_;  // by rank, null if not connected
+  std::vector<Peer*> failed_;                 // endpoints to close, filled by the error handler
+  std::deque<Operation> operations_;          // all that ever existed; stable addresses
+  std::vector<Operation*> free_;
+  size_t outstanding_ = 0;  // operations in UCX
+  size_t held_ = 0;         // commands in Peer::held
+  size_t closing_ = 0;      // endpoint closes under way
+  bool is_shut_down_ = false;
+};
+
+}  // namespace commlib

@@ -148,7 +148,7 @@ class ScaleOutSend : public Role {
       has_moved = true;
       ++counters_.rows;
       counters_.bytes_read += context_.in_row_bytes;
-      counters_.bytes_written += slot_.row_bytes;
+      counters_.bytes_written += slot_.row_bytes + slot_.scales_bytes;
     }
     return has_moved;
   }

@@ -49,6 +49,8 @@ class Engine {
   // Barrier among all ranks (skipped after a fault), then everything stops. Idempotent. The outcome
   // of the barrier.
   Outcome close();
+  // Stops without a barrier: peers learn that this rank has gone. Idempotent; never waits for them.
+  void abandon() { stop(false); }
 
   const Group& group() const { return mesh_->group(); }
   bool has_fault() const { return board_.raised(); }

@@ -90,14 +90,14 @@ template <typename T>
 static void cast_typed(uint8_t* dst, float* scales, const T* row, size_t n, Cast mode) {
   alignas(64) float values[kScaleBlock];
   for (size_t begin = 0; begin < n; begin += kScaleBlock) {
-    uint32_t top = 0;  // |x| as bits orders like |x|; a NaN is the largest and poisons the scale
+    uint32_t top = 0;  // |x| as bits orders like |x|; a NaN is left out and only spoils itself
     for (size_t i = 0; i < kScaleBlock; ++i) {
       values[i] = load(row, begin + i);
       const uint32_t magnitude = std::bit_cast<uint32_t>(values[i]) & 0x7fffffffu;
-      top = magnitude > top ? magnitude : top;
+      top = magnitude > top && magnitude <= 0x7f800000u ? magnitude : top;
     }
     const float amax = std::bit_cast<float>(top);
-    float scale = (amax > 1e-4f || amax != amax ? amax : 1e-4f) / 448.0f;
+    float scale = (amax > 1e-4f ? amax : 1e-4f) / 448.0f;
     if (mode == Cast::kE4m3Pow2) {
       const uint32_t bits = std::bit_cast<uint32_t>(scale);
       if ((bits & 0x7f800000u) != 0x7f800000u)

@@ -29,9 +29,7 @@ inline double seconds_since(Clock::time_point start) {
 // Counts how often each token comes back.
 class TokenCounter : public PutListener {
  public:
-  void on_put_complete(uint64_t token) override {
-    ++reports_[token];
-  }
+  void on_put_complete(uint64_t token) override { ++reports_[token]; }
   int reports(uint64_t token) const {
     auto it = reports_.find(token);
     return it == reports_.end() ? 0 : it->second;
@@ -145,8 +143,8 @@ class Consumer {
 // One end of a stream, driven by step() on the proxy thread.
 class Stream {
  public:
-  Stream(Node& node, int peer, bool produces, bool consumes, bool fences = true)
-      : node_(node), peer_(peer), produces_(produces), fences_(fences) {
+  Stream(Node& node, int peer, bool produces, bool consumes)
+      : node_(node), peer_(peer), produces_(produces) {
     if (consumes) consumer_ = std::make_unique<Consumer>(node, peer);
   }
 
@@ -182,7 +180,7 @@ class Stream {
     for (size_t i = 0; i < shape.slot_bytes / 8; ++i) words[i] = payload_word(seed, sent_, i);
     node_.transport->put(peer_, shape.send_offset(sent_), shape.receive_offset(sent_),
                          shape.slot_bytes, sent_);
-    if (fences_) node_.transport->fence(peer_);
+    node_.transport->fence(peer_);
     ++sent_;
     node_.transport->put_signal(peer_, shape.sequence_offset(), sent_);
     return true;
@@ -196,7 +194,6 @@ class Stream {
   Node& node_;
   int peer_;
   bool produces_;
-  bool fences_;
   uint64_t sent_ = 0;
   uint64_t acknowledged_out_ = 0;
   std::unique_ptr<Consumer> consumer_;

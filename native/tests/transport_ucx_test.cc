@@ -17,7 +17,8 @@ namespace {
 
 constexpr StreamShape kSmall{7168, 4000, 16};
 constexpr StreamShape kLarge{256 << 10, 1000, 8};
-constexpr StreamShape kEndless{64 << 10, 1ull << 40, 16};
+// More in flight than socket buffers take: the window of a stopped receiver closes.
+constexpr StreamShape kEndless{256 << 10, 1ull << 40, 64};
 
 std::unique_ptr<Transport> make_node_transport(PutListener* listener, int rank) {
   return make_transport("ucx", listener, rank);
@@ -230,14 +231,21 @@ void step_for(Stream& stream, double seconds) {
   while (seconds_since(start) < seconds) stream.step();
 }
 
+// Returns once the peer has consumed something.
+void step_until_flowing(Stream& stream) {
+  const auto start = Clock::now();
+  while (stream.acknowledged() == 0 && seconds_since(start) < kPatience) stream.step();
+  REQUIRE(stream.acknowledged() > 0);
+}
+
 void check_kill(const char* tls, bool is_stopped_first) {
   ScopedTls scoped(tls);
   PeerProcess peer("endless");
   Node node(0, kEndless, make_node_transport);
   peer.connect(node);
   Stream stream(node, 1, true, false);
-  step_for(stream, 0.3);
-  REQUIRE(stream.acknowledged() > 0);
+  step_until_flowing(stream);
+  step_for(stream, 0.2);
   if (is_stopped_first) {  // then puts are in flight when it dies
     peer.signal(SIGSTOP);
     step_for(stream, 0.2);
@@ -282,7 +290,7 @@ void check_stop(const char* tls, double seconds) {
   Node node(0, kEndless, make_node_transport);
   peer.connect(node);
   Stream stream(node, 1, true, false);
-  step_for(stream, 0.3);
+  step_until_flowing(stream);
   peer.signal(SIGSTOP);
   step_for(stream, 0.1);
   const uint64_t before = stream.acknowledged();

@@ -3,6 +3,7 @@
 // Made for race detectors. Nothing on the data path synchronises a sender with a consumer, or one
 // sender with another, except the release store of put_signal. So a protocol that forgets a
 // release or an acquire is reported, and a correct one runs clean.
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <deque>
@@ -141,7 +142,7 @@ class LoopbackTransport final : public ProviderBase {
  private:
   Peer* find_peer(int peer);
   void fail(int peer, const std::string& call, const std::string& message);
-  int run(const Peer& peer, const Group& group);
+  int run(Peer& peer);
   void store_signal(const Peer& peer, const Signal& signal) const;
 
   LoopbackOptions options_;
@@ -232,23 +233,31 @@ void LoopbackTransport::store_signal(const Peer& peer, const Signal& signal) con
   }
 }
 
-int LoopbackTransport::run(const Peer& peer, const Group& group) {
+// Carries out a group or a part of it, and removes it once it is done.
+int LoopbackTransport::run(Peer& peer) {
+  Group& group = peer.groups.front();
   auto copy = [&](const Put& put) {
-    std::memcpy(peer.region->base + put.remote_offset, region_->base + put.local_offset,
-                put.bytes);
+    std::memcpy(peer.region->base + put.remote_offset, region_->base + put.local_offset, put.bytes);
     complete_later(put.token);
   };
-  if (options_.reorder_unfenced) {
+  int events = 0;
+  if (options_.reorder_unfenced && !group.signals.empty() && !group.puts.empty()) {
     for (const Signal& signal : group.signals) store_signal(peer, signal);
-    for (auto it = group.puts.rbegin(); it != group.puts.rend(); ++it) copy(*it);
-  } else {
-    for (const Put& put : group.puts) copy(put);
-    for (const Signal& signal : group.signals) store_signal(peer, signal);
+    events = static_cast<int>(group.signals.size());
+    group.signals.clear();
+    return events;
   }
-  return static_cast<int>(group.puts.size() + group.signals.size());
+  if (options_.reorder_unfenced) std::reverse(group.puts.begin(), group.puts.end());
+  for (const Put& put : group.puts) copy(put);
+  for (const Signal& signal : group.signals) store_signal(peer, signal);
+  events = static_cast<int>(group.puts.size() + group.signals.size());
+  peer.groups.pop_front();
+  if (peer.groups.empty()) peer.groups.emplace_back();
+  return events;
 }
 
-// One group per peer and call: completions arrive late and piecemeal, as they do on a network.
+// One group per peer and call, or less: completions arrive late and piecemeal, as they do on a
+// network.
 int LoopbackTransport::progress() {
   int events = 0;
   for (auto& [rank, peer] : peers_) {
@@ -257,10 +266,8 @@ int LoopbackTransport::progress() {
       fail(rank, "put", "shut its transport down");
       continue;
     }
-    events += run(peer, peer.groups.front());
+    events += run(peer);
     peer.link->leave();
-    peer.groups.pop_front();
-    if (peer.groups.empty()) peer.groups.emplace_back();
   }
   return events + report_completions();
 }
@@ -286,8 +293,7 @@ void LoopbackTransport::shutdown(double) noexcept {
 
 }  // namespace
 
-std::unique_ptr<Transport> make_loopback(PutListener* listener, int rank,
-                                         LoopbackOptions options) {
+std::unique_ptr<Transport> make_loopback(PutListener* listener, int rank, LoopbackOptions options) {
   return std::make_unique<LoopbackTransport>(listener, rank, options);
 }
 

@@ -8,8 +8,8 @@
 namespace commlib {
 
 struct LoopbackOptions {
-  // Runs what lies between two fences backwards and signals first, which the contract allows:
-  // a forgotten fence then fails at once.
+  // Runs what lies between two fences in the worst order that the contract allows: first the
+  // signals, in a later progress() the puts backwards. A forgotten fence then fails at once.
   bool reorder_unfenced = true;
   // Negative control for race detectors: signals become relaxed stores, so that nothing orders
   // the payload before them.

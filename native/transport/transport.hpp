@@ -9,7 +9,7 @@
 // Visibility: bytes of a put land at the peer in any order until a `fence`. A consumer that reads
 // the word of a `put_signal` with an acquire load and finds the new value sees every byte of all
 // puts posted before the fence that precedes the signal. A signal without a fence may overtake the
-// puts before it. Signals to one peer never overtake each other.
+// puts before it. Signals to the same word keep their order, fence or not.
 //
 // Bytes may land only while the receiver calls `progress()` (UCX over TCP or shared memory): every
 // rank calls it all the time, also while it has nothing to send.
@@ -99,7 +99,9 @@ class Transport {
 
   // Copies local [local_offset, +bytes) to the peer's [remote_offset, +bytes). The token goes to
   // the listener exactly once, when the local bytes may be reused; also when the put failed. A
-  // range outside either region is a fault of the peer and moves nothing.
+  // range outside either region is a fault of the peer and moves nothing. What the connection
+  // cannot take yet is queued without bound: the caller bounds it (a slot is not reused before its
+  // token has come back).
   virtual void put(int peer, size_t local_offset, size_t remote_offset, size_t bytes,
                    uint64_t token) = 0;
 
@@ -129,7 +131,6 @@ class Transport {
 
 // Providers: "ucx", "loopback" (ranks are threads of this process), "null" (moves nothing).
 // Throws std::invalid_argument for another name. The listener must outlive the transport.
-std::unique_ptr<Transport> make_transport(const std::string& name, PutListener* listener,
-                                          int rank);
+std::unique_ptr<Transport> make_transport(const std::string& name, PutListener* listener, int rank);
 
 }  // namespace commlib

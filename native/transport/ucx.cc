@@ -1,6 +1,7 @@
 // UCX provider: posting, completion, failure, shutdown. Proxy thread only.
 #include "transport/ucx.hpp"
 
+#include <algorithm>
 #include <thread>
 
 namespace commlib {
@@ -39,16 +40,15 @@ void UcxTransport::put(int peer, size_t local_offset, size_t remote_offset, size
   // Emulated puts are not checked at the receiver: this would overwrite foreign memory.
   complete_later(token);
   fail_peer(*entry, UCS_ERR_INVALID_PARAM, "put",
-            is_local_inside
-                ? "remote " + describe_range(remote_offset, bytes, entry->remote_bytes)
-                : "local " + describe_range(local_offset, bytes, bytes_));
+            is_local_inside ? "remote " + describe_range(remote_offset, bytes, entry->remote_bytes)
+                            : "local " + describe_range(local_offset, bytes, bytes_));
 }
 
 void UcxTransport::fence(int peer) {
   Peer* entry = find_peer(peer, "fence");
   if (entry == nullptr || !entry->posted_since_fence) return;
   entry->posted_since_fence = false;
-  entry->signal_since_fence = false;
+  entry->signalled.clear();
   submit(*entry, {CommandKind::kFence});
 }
 
@@ -57,12 +57,14 @@ void UcxTransport::put_signal(int peer, size_t remote_offset, uint64_t value) {
   if (entry == nullptr) return;
   constexpr size_t bytes = sizeof(value);
   if (remote_offset % bytes != 0 || !is_inside(remote_offset, bytes, entry->remote_bytes)) {
-    return fail_peer(*entry, UCS_ERR_INVALID_PARAM, "put_signal",
-                     "word misaligned, or " +
-                         describe_range(remote_offset, bytes, entry->remote_bytes));
+    return fail_peer(
+        *entry, UCS_ERR_INVALID_PARAM, "put_signal",
+        "word misaligned, or " + describe_range(remote_offset, bytes, entry->remote_bytes));
   }
-  if (entry->signal_since_fence) fence(peer);  // signals keep their order among themselves
-  entry->signal_since_fence = true;
+  // The signals of one word keep their order.
+  auto& signalled = entry->signalled;
+  if (std::find(signalled.begin(), signalled.end(), remote_offset) != signalled.end()) fence(peer);
+  signalled.push_back(remote_offset);
   submit(*entry, {CommandKind::kSignal, 0, remote_offset, bytes, value});
 }
 
@@ -190,8 +192,7 @@ bool UcxTransport::idle() const { return is_drained() && !has_completions(); }
 // Runs inside ucp_worker_progress or a post. The endpoint is closed later, from progress().
 void UcxTransport::on_endpoint_error(void* user_data, ucp_ep_h, ucs_status_t status) {
   auto* peer = static_cast<Peer*>(user_data);
-  peer->owner->fail_peer(*peer, status, "ucp endpoint error handler",
-                         ucs_status_string(status));
+  peer->owner->fail_peer(*peer, status, "ucp endpoint error handler", ucs_status_string(status));
 }
 
 void UcxTransport::fail_peer(Peer& peer, int code, const std::string& call,
@@ -224,8 +225,8 @@ void UcxTransport::close_endpoint(Peer& peer) {
     peer.rkey = nullptr;
   }
   ucp_request_param_t param{};
-  param.op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA |
-                       UCP_OP_ATTR_FIELD_FLAGS;
+  param.op_attr_mask =
+      UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA | UCP_OP_ATTR_FIELD_FLAGS;
   param.flags = UCP_EP_CLOSE_FLAG_FORCE;
   param.cb.send = &UcxTransport::on_closed;
   param.user_data = this;

@@ -71,12 +71,12 @@ class UcxTransport final : public ProviderBase {
     ucp_rkey_h rkey = nullptr;
     uint64_t remote_base = 0;
     size_t remote_bytes = 0;
-    size_t outstanding = 0;        // operations that use ep and rkey
-    bool failed = false;           // no new operations
-    bool is_flushing = false;      // a flush started by a fence or by shutdown is outstanding
+    size_t outstanding = 0;    // operations that use ep and rkey
+    bool failed = false;       // no new operations
+    bool is_flushing = false;  // a flush started by a fence or by shutdown is outstanding
     bool posted_since_fence = false;
-    bool signal_since_fence = false;
-    std::deque<Command> held;      // kFlush: commands behind a fence that is under way
+    std::vector<size_t> signalled;  // words since the last fence, few
+    std::deque<Command> held;       // kFlush: commands behind a fence that is under way
   };
 
   // One operation given to UCX. The address is stable until it completes, because UCX reads the

@@ -1,0 +1,132 @@
+"""The settings of a Runtime: checked once, then read-only."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+
+from commlib.env import Env
+from commlib.errors import ConfigError
+
+__all__ = ["MAX_TOPK", "RuntimeConfig"]
+
+MAX_TOPK = 64
+
+# Tokens, experts and rows travel as signed 32-bit numbers in records and counters.
+_MAX_INDEX = 2**31 - 1
+
+# Room for the record (16 + 12 * MAX_TOPK bytes), rounded up: a ring slot holds it next to the row.
+_MAX_RECORD_BYTES = 1024
+
+# Fields that only concern the rank itself; everything else must be equal on all ranks.
+_LOCAL_FIELDS = frozenset({"num_threads", "arena_bytes", "timeout_s", "heartbeat_timeout_s"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeConfig:
+    """Shape and limits of a Runtime. All sizes in bytes, all times in seconds.
+
+    Attributes:
+        hidden: columns of a token row.
+        num_experts: experts over all ranks; a multiple of the number of ranks.
+        num_topk: experts per token, at most `min(num_experts, 64)`.
+        max_tokens: most tokens that one rank passes to one dispatch.
+        expert_alignment: every local expert's rows are padded to a multiple of this (layout "grouped").
+        num_threads: worker threads of the CPU executor on this rank.
+        chunk_tokens: tokens moved per signal over scale-up.
+        chunk_bytes: bytes moved per put over scale-out.
+        ring_bytes: bytes of one scale-out ring.
+        arena_bytes: initial heap of the arena; None = sized from the shape.
+        max_arena_bytes: virtual size of the arena, up to which it may grow.
+        max_in_flight: operations issued but not yet finished, at most.
+        timeout_s: seconds without progress after which a wait raises.
+        heartbeat_timeout_s: seconds without a heartbeat after which a peer counts as lost.
+        transport: name of the scale-out transport.
+
+    Raises:
+        ConfigError: a value breaks a rule; the message holds the value and the rule.
+    """
+
+    hidden: int
+    num_experts: int
+    num_topk: int
+    max_tokens: int = 4096
+    expert_alignment: int = 128
+    num_threads: int = 1
+    chunk_tokens: int = 32
+    chunk_bytes: int = 256 * 1024
+    ring_bytes: int = 4 * 1024 * 1024
+    arena_bytes: int | None = None
+    max_arena_bytes: int = 64 * 1024**3
+    max_in_flight: int = 8
+    timeout_s: float = 300.0
+    heartbeat_timeout_s: float = 10.0
+    transport: str = "ucx"
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        for name in ("hidden", "num_experts", "max_tokens", "expert_alignment"):
+            if getattr(self, name) > _MAX_INDEX:
+                raise ConfigError(f"{name}={getattr(self, name)} does not fit 32 bits; the limit is {_MAX_INDEX}")
+        limit = min(self.num_experts, MAX_TOPK)
+        if self.num_topk > limit:
+            raise ConfigError(
+                f"num_topk={self.num_topk} is above min(num_experts={self.num_experts}, {MAX_TOPK})={limit}"
+            )
+        if self.ring_bytes < 2 * self.chunk_bytes:
+            raise ConfigError(
+                f"ring_bytes={self.ring_bytes} is below 2 * chunk_bytes={2 * self.chunk_bytes}: "
+                "one chunk must be able to travel while the next is filled"
+            )
+        slot_bytes = 4 * self.hidden + _MAX_RECORD_BYTES
+        if self.ring_bytes < 2 * slot_bytes:
+            raise ConfigError(
+                f"ring_bytes={self.ring_bytes} is below {2 * slot_bytes}: "
+                f"a ring must hold two FP32 rows of hidden={self.hidden} with their records"
+            )
+        if self.arena_bytes is not None and self.arena_bytes > self.max_arena_bytes:
+            raise ConfigError(f"arena_bytes={self.arena_bytes} is above max_arena_bytes={self.max_arena_bytes}")
+
+    def _check_types(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name == "transport":
+                if not isinstance(value, str) or not value:
+                    raise ConfigError(f"transport={value!r} is not a non-empty name")
+            elif field.name in ("timeout_s", "heartbeat_timeout_s"):
+                is_number = isinstance(value, int | float) and not isinstance(value, bool)
+                if not (is_number and math.isfinite(value) and value > 0):
+                    raise ConfigError(f"{field.name}={value!r} is not a finite number of seconds > 0")
+            elif field.name == "arena_bytes" and value is None:
+                continue
+            elif not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{field.name}={value!r} is not an integer >= 1")
+
+    def with_env(self, env: Env) -> RuntimeConfig:
+        """A copy in which timeouts, threads and transport follow `env` where it sets them."""
+        overrides = {
+            "timeout_s": env.timeout_s,
+            "heartbeat_timeout_s": env.heartbeat_timeout_s,
+            "num_threads": env.num_threads,
+            "transport": env.transport,
+        }
+        return dataclasses.replace(self, **{k: v for k, v in overrides.items() if v is not None})  # type: ignore[arg-type]
+
+    def digest(self) -> int:
+        """63-bit hash of the fields that must be equal on all ranks; the same in every process and version.
+
+        Threads, timeouts and the initial heap are left out: ranks may differ in them.
+        """
+        shared = {k: v for k, v in dataclasses.asdict(self).items() if k not in _LOCAL_FIELDS}
+        text = json.dumps(shared, sort_keys=True, separators=(",", ":"))
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+    def check_ranks(self, num_ranks: int) -> None:
+        """Raises ConfigError unless the experts spread evenly over `num_ranks` ranks."""
+        if num_ranks < 1:
+            raise ConfigError(f"num_ranks={num_ranks} is below 1")
+        if self.num_experts % num_ranks:
+            raise ConfigError(f"num_experts={self.num_experts} is not divisible by num_ranks={num_ranks}")

@@ -1,0 +1,1 @@
+"""Inputs for tests and benchmarks: routings (`workloads`) and rows (`payloads`) that depend on their arguments only."""

@@ -1,0 +1,1 @@
+"""Runnable examples of commlib: first contact, one MoE layer, one training run."""

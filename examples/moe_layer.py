@@ -1,0 +1,175 @@
+"""One MoE layer on commlib: a gate, shared experts that stay, routed experts that live on other ranks.
+
+    python examples/moe_layer.py
+    mpirun -n 4 python examples/moe_layer.py
+
+Run as a script it does a forward and a backward pass on all ranks and compares outputs and gradients with the
+same layer computed densely: every expert on every token, no communication.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import commlib
+from commlib import ops, routing
+
+
+class Linear(nn.Module):
+    """`y = x W^T` in the dtype of x. The FP32 weight is the master copy; what the matmul sees is cast when it is used.
+
+    The cast's backward brings the gradient back to FP32, so the optimizer never meets a low-precision weight.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        nn.init.normal_(self.weight, std=in_features**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] -> [..., out_features]."""
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class SwiGLU(nn.Module):
+    """`down(silu(gate(x)) * up(x))`: the dense feed-forward layer and the shared expert."""
+
+    def __init__(self, hidden: int, width: int) -> None:
+        super().__init__()
+        self.gate = Linear(hidden, width)
+        self.up = Linear(hidden, width)
+        self.down = Linear(width, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., hidden] -> [..., hidden]."""
+        y: Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
+        return y
+
+
+class RoutedExperts(nn.Module):
+    """The experts that live on this rank: global numbers `first_expert .. first_expert + num_local - 1`.
+
+    Row e of each parameter is local expert e.
+    """
+
+    def __init__(self, hidden: int, width: int, first_expert: int, num_local: int, alignment: int = 1) -> None:
+        super().__init__()
+        self.first_expert = first_expert
+        self.alignment = alignment
+        self.gate = nn.Parameter(torch.randn(num_local, width, hidden) * hidden**-0.5)
+        self.up = nn.Parameter(torch.randn(num_local, width, hidden) * hidden**-0.5)
+        self.down = nn.Parameter(torch.randn(num_local, hidden, width) * width**-0.5)
+
+    def forward(self, x: Tensor, row_weights: Tensor, num_tokens_per_expert: tuple[int, ...]) -> Tensor:
+        """x [rows, hidden] grouped by local expert, row_weights [rows] FP32 -> [rows, hidden], weighted.
+
+        Each expert's rows are padded with zeros to a multiple of `alignment`; zeros stay zeros here.
+        The routing weight is applied before the down projection: there its gradient needs no expert output kept.
+        """
+        padded = [-(-count // self.alignment) * self.alignment for count in num_tokens_per_expert]
+        ends = torch.tensor(padded, device=x.device).cumsum(0, dtype=torch.int32)
+        hidden = F.silu(grouped_linear(x, self.gate, ends)) * grouped_linear(x, self.up, ends)
+        return grouped_linear(hidden * row_weights[:, None].to(x.dtype), self.down, ends)
+
+
+def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """`y[r] = x[r] W[e]^T` for the rows r of each expert e.
+
+    x [rows, in], weight [experts, out, in], ends [experts] int32 (where each expert's rows stop) -> [rows, out].
+    """
+    return F.grouped_mm(x, weight.to(x.dtype).transpose(1, 2), offs=ends)
+
+
+class Routed(NamedTuple):
+    """What balancing needs: affinities FP32 [tokens, experts] of this rank, and tokens per expert over all ranks."""
+
+    scores: Tensor
+    load: list[int]
+
+
+class MoELayer(nn.Module):
+    """`out = shared(x) + sum_k w_k expert_k(x)`, with the routed experts spread over the ranks of `runtime`.
+
+    Every rank has to run every forward and every backward pass, in the same order: both communicate.
+    """
+
+    bias: Tensor
+
+    def __init__(
+        self, hidden: int, width: int, num_shared: int, gate: routing.GateConfig, runtime: commlib.Runtime
+    ) -> None:
+        super().__init__()
+        num_local = gate.num_experts // runtime.num_ranks
+        self.gate_config = gate
+        self.runtime = runtime
+        self.router = Linear(hidden, gate.num_experts)
+        self.shared = SwiGLU(hidden, width * num_shared)
+        alignment = runtime.config.expert_alignment
+        self.experts = RoutedExperts(hidden, width, runtime.rank * num_local, num_local, alignment)
+        # Added to the scores to choose experts, never to weigh them; moved by the load, not by gradients.
+        self.register_buffer("bias", torch.zeros(gate.num_experts))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Routed]:
+        """x [tokens, hidden] -> ([tokens, hidden], what the gate chose)."""
+        chosen = routing.gate(self.router(x.float()), self.gate_config, self.bias)
+        received = ops.dispatch(self.runtime, x, chosen.topk_idx, chosen.topk_weights, layout="grouped")
+        y = self.experts(received.x, received.row_weights, received.num_tokens_per_expert)
+        out = self.shared(x) + ops.combine(self.runtime, y, received.handle)
+        return out, Routed(chosen.scores, received.handle.load())
+
+
+def dense_reference(x: Tensor, layer: MoELayer, experts: RoutedExperts) -> Tensor:
+    """The same layer without communication: all experts (`experts` holds them all) on all tokens, [tokens, hidden]."""
+    routed = routing.gate(layer.router(x), layer.gate_config, layer.bias)
+    hidden = F.silu(torch.einsum("th,ewh->etw", x, experts.gate)) * torch.einsum("th,ewh->etw", x, experts.up)
+    outputs = torch.einsum("etw,ehw->teh", hidden, experts.down)
+    weights = torch.zeros(x.shape[0], outputs.shape[1]).scatter(1, routed.topk_idx, routed.topk_weights)
+    shared: Tensor = layer.shared(x)
+    return shared + torch.einsum("teh,te->th", outputs, weights)
+
+
+def main() -> None:
+    """Compare outputs and gradients with the dense layer, on every rank: each computes all ranks' tokens densely."""
+    tokens, hidden, width = 64, 64, 32
+    gate = routing.GateConfig(num_experts=8, num_topk=4, score_function="sigmoid", num_groups=4, max_groups=2)
+    config = commlib.RuntimeConfig(
+        hidden=hidden,
+        num_experts=gate.num_experts,
+        num_topk=gate.num_topk,
+        max_tokens=tokens,
+        expert_alignment=1,
+    )
+    with commlib.Runtime(None, config) as runtime:
+        torch.manual_seed(0)  # the same numbers on all ranks
+        layer = MoELayer(hidden, width, num_shared=1, gate=gate, runtime=runtime)
+        everyone = RoutedExperts(hidden, width, first_expert=0, num_local=gate.num_experts)
+        first, num_local = layer.experts.first_expert, gate.num_experts // runtime.num_ranks
+        my_experts = slice(first, first + num_local)
+        my_tokens = slice(runtime.rank * tokens, (runtime.rank + 1) * tokens)
+        for mine, all_experts in zip(layer.experts.parameters(), everyone.parameters(), strict=True):
+            mine.data.copy_(all_experts.data[my_experts])
+        all_x, all_grads = torch.randn(2, runtime.num_ranks * tokens, hidden)
+
+        x = all_x[my_tokens].requires_grad_()
+        out, _ = layer(x)
+        got = [out, *torch.autograd.grad(out, [x, *layer.experts.parameters()], all_grads[my_tokens])]
+
+        all_x = all_x.detach().requires_grad_()
+        out = dense_reference(all_x, layer, everyone)
+        x_grad, *expert_grads = torch.autograd.grad(out, [all_x, *everyone.parameters()], all_grads)
+        want = [out[my_tokens], x_grad[my_tokens], *(grad[my_experts] for grad in expert_grads)]
+
+        # FP32 sums of at most tokens x width terms, in another order.
+        tolerance = 2**-23 * math.sqrt(runtime.num_ranks * tokens * width)
+        for ours, reference in zip(got, want, strict=True):
+            torch.testing.assert_close(ours, reference, rtol=0, atol=tolerance * float(reference.detach().abs().max()))
+        print(f"rank {runtime.rank} of {runtime.num_ranks}: output, input and expert gradients match the dense layer")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""What one training run is made of. The defaults train in a few minutes on two CPU cores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from commlib import routing
+
+VOCAB = 256  # bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape of the model. Nothing here depends on the number of ranks: 1 and 4 ranks train the same model.
+
+    Attributes:
+        hidden: width of the residual stream.
+        num_layers: blocks of the trunk; the first `num_dense_layers` have a dense feed-forward layer.
+        dense_width: inner width of the dense feed-forward layers.
+        num_heads: attention heads.
+        q_rank, kv_rank: widths of the compressed queries and of the compressed keys and values.
+        nope_dim, rope_dim: per head, the part of queries and keys without and with rotary position.
+        v_dim: per head, width of the values.
+        num_experts, num_topk: routed experts over all ranks, and how many of them a token takes.
+        num_groups, max_groups: expert groups, and from how many of them one token may choose ("node-limited"). Make
+            `num_groups` the number of nodes of the machine you train for.
+        num_shared: shared experts.
+        expert_width: inner width of one expert.
+        route_scale: factor on the routing weights.
+    """
+
+    hidden: int = 128
+    num_layers: int = 3
+    num_dense_layers: int = 1
+    dense_width: int = 384
+    num_heads: int = 4
+    q_rank: int = 64
+    kv_rank: int = 32
+    nope_dim: int = 16
+    rope_dim: int = 16
+    v_dim: int = 32
+    num_experts: int = 16
+    num_topk: int = 4
+    num_groups: int = 4
+    max_groups: int = 2
+    num_shared: int = 1
+    expert_width: int = 96
+    route_scale: float = 1.0
+
+    @property
+    def num_moe_layers(self) -> int:
+        """MoE layers, the one in the multi-token-prediction module included."""
+        return self.num_layers - self.num_dense_layers + 1
+
+    @property
+    def gate(self) -> routing.GateConfig:
+        """The sigmoid gate of every MoE layer."""
+        return routing.GateConfig(
+            num_experts=self.num_experts,
+            num_topk=self.num_topk,
+            score_function="sigmoid",
+            num_groups=self.num_groups,
+            max_groups=self.max_groups,
+            normalize=True,
+            route_scale=self.route_scale,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How the model is trained.
+
+    Attributes:
+        steps, warmup_steps: optimizer steps in all, and those over which the learning rate rises linearly.
+        global_batch: sequences per step over all ranks.
+        seq_len: predicted bytes per sequence.
+        lr, final_lr: peak learning rate, and where the cosine ends.
+        beta1, beta2, weight_decay, clip_norm: AdamW and the global gradient norm it is fed with.
+        bias_rate: step of the gate bias per optimizer step. 0.001 suits a run of 10^5 steps and more; one of a few
+            hundred steps has to move the bias faster to cover the same distance.
+        balance_alpha: factor of the sequence-wise balance loss.
+        mtp_lambda: factor of the multi-token-prediction loss.
+        ema_decay: of the averaged weights, per step.
+        seed: of the initial weights and of the data order.
+    """
+
+    steps: int = 300
+    warmup_steps: int = 20
+    global_batch: int = 32
+    seq_len: int = 128
+    lr: float = 3e-3
+    final_lr: float = 3e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    bias_rate: float = 0.01
+    balance_alpha: float = 1e-4
+    mtp_lambda: float = 0.3
+    ema_decay: float = 0.98
+    seed: int = 1

@@ -1,0 +1,62 @@
+"""Exponential moving average of the weights, kept in CPU memory and computed beside the next step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+class Ema:
+    """`average = decay * average + (1 - decay) * weights` after every step, in a thread of its own.
+
+    Weights stand still from one optimizer step to the next, so the thread reads them during the forward and backward
+    pass, without a copy. The contract: `update()` after an optimizer step, `wait()` before the next one.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], decay: float) -> None:
+        self._parameters = parameters
+        self._decay = decay
+        self.average = {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in parameters.items()}
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ema")
+        self._pending: Future[None] | None = None
+
+    def update(self) -> None:
+        """Starts taking the current weights in; returns at once."""
+        self.wait()
+        self._pending = self._thread.submit(self._take_in)
+
+    def wait(self) -> None:
+        """Returns once the average is complete; raises what the thread raised."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside, the model has the averaged weights; afterwards its own, bit for bit."""
+        self.wait()
+        own = {name: p.detach().clone() for name, p in self._parameters.items()}
+        self._write(self.average)
+        try:
+            yield
+        finally:
+            self._write(own)
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self.wait()
+        self._thread.shutdown()
+
+    @torch.no_grad()
+    def _take_in(self) -> None:
+        for name, parameter in self._parameters.items():
+            self.average[name].lerp_(parameter.detach().to("cpu", torch.float32), 1 - self._decay)
+
+    @torch.no_grad()
+    def _write(self, values: Mapping[str, Tensor]) -> None:
+        for name, parameter in self._parameters.items():
+            parameter.copy_(values[name])

@@ -1,0 +1,101 @@
+"""examples/ on several ranks: same numbers as on one, and a resumed run that cannot be told from one without a stop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import train_moe_job
+from torch import Tensor
+
+from commlib.testing.spawn import check_ranks
+
+pytestmark = pytest.mark.multirank
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+class Run(NamedTuple):
+    """What a job wrote: per-step reports, the union of all ranks' tensors, the held-out loss."""
+
+    steps: list[dict[str, Any]]
+    state: dict[str, Tensor]
+    held_out: float
+
+
+def read(folder: Path, kind: str, num_ranks: int) -> Run:
+    """Joins the ranks' files; where several ranks hold a tensor, they must hold the same bits."""
+    parts = [torch.load(folder / f"{kind}-{num_ranks}-{rank}.pt") for rank in range(num_ranks)]
+    state: dict[str, Tensor] = {}
+    for part in parts:
+        assert part["held_out"] == parts[0]["held_out"]
+        for name, tensor in part["state"].items():
+            assert torch.equal(tensor, state.setdefault(name, tensor)), f"{name} differs between ranks"
+        for ours, theirs in zip(part["steps"], parts[0]["steps"], strict=True):
+            assert_same_step(ours, theirs)
+    return Run(parts[0]["steps"], state, parts[0]["held_out"])
+
+
+def assert_same_step(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """Bit for bit."""
+    assert torch.equal(ours["load"], theirs["load"])
+    assert {**ours, "load": None} == {**theirs, "load": None}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four ranks on two nodes train without a stop, and write a checkpoint on the way."""
+    folder = tmp_path_factory.mktemp("train_moe")
+    check_ranks("train_moe_job:straight", 4, args=[str(folder)], ranks_per_node=2, timeout_s=60)
+    return folder
+
+
+def test_resumed_run_is_bitwise_the_same(folder: Path) -> None:
+    check_ranks("train_moe_job:resumed", 4, args=[str(folder)], ranks_per_node=2, timeout_s=60)
+    straight, resumed = read(folder, "straight", 4), read(folder, "resumed", 4)
+    assert len(resumed.steps) == 3
+    for ours, theirs in zip(resumed.steps, straight.steps[3:], strict=True):
+        assert_same_step(ours, theirs)
+    assert resumed.state.keys() == straight.state.keys()
+    for name, tensor in resumed.state.items():
+        assert torch.equal(tensor, straight.state[name]), name
+    assert resumed.held_out == straight.held_out
+
+
+def test_one_rank_trains_the_same_model_as_four(folder: Path, tmp_path: Path) -> None:
+    train_moe_job.straight(str(tmp_path))
+    assert_same_to_rounding(read(tmp_path, "straight", 1), read(folder, "straight", 4), first_step=0)
+
+
+def test_one_rank_goes_on_from_the_checkpoint_of_four(folder: Path) -> None:
+    train_moe_job.resumed(str(folder))
+    assert_same_to_rounding(read(folder, "resumed", 1), read(folder, "straight", 4), first_step=3)
+
+
+def assert_same_to_rounding(ours: Run, theirs: Run, first_step: int) -> None:
+    """FP32 sums in another order: measured, losses differ by 1e-7 and weights by 4e-5 of what six steps can move them.
+
+    A wrong factor in the gradients of experts or dense parts shows in the first digits of the gradient norm.
+    """
+    for mine, other in zip(ours.steps, theirs.steps[first_step:], strict=True):
+        assert torch.equal(mine["load"], other["load"])
+        for name in ("main", "mtp", "balance", "grad_norm"):
+            assert mine[name] == pytest.approx(other[name], rel=2e-6), (mine["step"], name)
+    assert ours.held_out == pytest.approx(theirs.held_out, rel=2e-6)
+    assert ours.state.keys() == theirs.state.keys()
+    for name, tensor in ours.state.items():
+        if name.startswith("model."):
+            # Six steps of at most 1e-3 each.
+            assert float((tensor - theirs.state[name]).norm()) <= 1e-3 * 6e-3 * tensor.numel() ** 0.5, name
+
+
+def test_later_bytes_do_not_reach_earlier_predictions() -> None:
+    train_moe_job.whole_model_is_causal()
+
+
+@pytest.mark.parametrize("script", ["dispatch_combine.py", "moe_layer.py"])
+def test_small_examples_check_themselves(script: str) -> None:
+    for result in check_ranks(str(EXAMPLES / script), 4, launcher="mpirun", timeout_s=60):
+        assert f"rank {result.rank} of 4" in result.stdout

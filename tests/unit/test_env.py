@@ -1,0 +1,93 @@
+import pytest
+
+from commlib.env import Env, read_env
+from commlib.errors import ConfigError
+
+
+def test_nothing_set_gives_defaults() -> None:
+    assert read_env({"PATH": "/bin", "XCOMMLIB_RANK": "1"}) == Env()
+    assert Env().log == "warning" and Env().bootstrap == "auto" and Env().timeout_s is None
+
+
+def test_every_variable() -> None:
+    env = read_env(
+        {
+            "COMMLIB_RANKS_PER_NODE": "2",
+            "COMMLIB_TIMEOUT": "1.5",
+            "COMMLIB_HEARTBEAT_TIMEOUT": "3",
+            "COMMLIB_LOG": "debug",
+            "COMMLIB_RENDEZVOUS": "tcp://[::1]:2900",
+            "COMMLIB_JOB_TOKEN": "s3cret value",
+            "COMMLIB_RANK": "3",
+            "COMMLIB_WORLD_SIZE": "4",
+            "COMMLIB_TRANSPORT": "loopback",
+            "COMMLIB_NUM_THREADS": "6",
+            "COMMLIB_BOOTSTRAP": "zmq",
+        }
+    )
+    assert env == Env(
+        ranks_per_node=2,
+        timeout_s=1.5,
+        heartbeat_timeout_s=3.0,
+        log="debug",
+        rendezvous="tcp://[::1]:2900",
+        job_token="s3cret value",
+        rank=3,
+        world_size=4,
+        transport="loopback",
+        num_threads=6,
+        bootstrap="zmq",
+    )
+    assert "s3cret" not in repr(env)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("COMMLIB_RANKS_PER_NODE", "0"),
+        ("COMMLIB_RANKS_PER_NODE", "two"),
+        ("COMMLIB_NUM_THREADS", "1_0"),
+        ("COMMLIB_NUM_THREADS", ""),
+        ("COMMLIB_RANK", "-1"),
+        ("COMMLIB_WORLD_SIZE", "0"),
+        ("COMMLIB_TIMEOUT", "0"),
+        ("COMMLIB_TIMEOUT", "inf"),
+        ("COMMLIB_TIMEOUT", "nan"),
+        ("COMMLIB_HEARTBEAT_TIMEOUT", "-2"),
+        ("COMMLIB_HEARTBEAT_TIMEOUT", "soon"),
+        ("COMMLIB_LOG", "verbose"),
+        ("COMMLIB_BOOTSTRAP", "slurm"),
+        ("COMMLIB_RENDEZVOUS", "host:1"),
+        ("COMMLIB_RENDEZVOUS", "tcp://host"),
+        ("COMMLIB_RENDEZVOUS", "tcp://host:70000"),
+        ("COMMLIB_RENDEZVOUS", "tcp://host:0"),
+        ("COMMLIB_TRANSPORT", ""),
+    ],
+)
+def test_bad_value_names_variable_value_and_rule(name: str, value: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_env({name: value})
+    message = str(caught.value)
+    assert message.startswith(f"{name}={value!r} is not ") and len(message) > len(f"{name}={value!r} is not ")
+
+
+def test_blank_token_is_refused() -> None:
+    with pytest.raises(ConfigError, match="COMMLIB_JOB_TOKEN is set but blank"):
+        read_env({"COMMLIB_JOB_TOKEN": "  "})
+
+
+def test_unknown_name_suggests_a_close_one() -> None:
+    with pytest.raises(ConfigError, match="COMMLIB_TIMOUT; did you mean COMMLIB_TIMEOUT"):
+        read_env({"COMMLIB_TIMOUT": "1"})
+    with pytest.raises(ConfigError, match="unknown environment variable COMMLIB_QQ; known: COMMLIB_RANKS_PER_NODE"):
+        read_env({"COMMLIB_QQ": "1"})
+
+
+def test_rank_must_be_below_world_size() -> None:
+    with pytest.raises(ConfigError, match="COMMLIB_RANK=2 is not below COMMLIB_WORLD_SIZE=2"):
+        read_env({"COMMLIB_RANK": "2", "COMMLIB_WORLD_SIZE": "2"})
+
+
+def test_reads_the_process_environment_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMMLIB_NUM_THREADS", "5")
+    assert read_env().num_threads == 5

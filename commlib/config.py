@@ -115,13 +115,16 @@ class RuntimeConfig:
         }
         return dataclasses.replace(self, **{k: v for k, v in overrides.items() if v is not None})  # type: ignore[arg-type]
 
+    def shared(self) -> dict[str, int | str]:
+        """The fields that must be equal on all ranks."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in _LOCAL_FIELDS}
+
     def digest(self) -> int:
         """63-bit hash of the fields that must be equal on all ranks; the same in every process and version.
 
         Threads, timeouts and the initial heap are left out: ranks may differ in them.
         """
-        shared = {k: v for k, v in dataclasses.asdict(self).items() if k not in _LOCAL_FIELDS}
-        text = json.dumps(shared, sort_keys=True, separators=(",", ":"))
+        text = json.dumps(self.shared(), sort_keys=True, separators=(",", ":"))
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
     def check_ranks(self, num_ranks: int) -> None:

@@ -29,7 +29,7 @@ from typing import Any
 
 from commlib.errors import ConfigError
 
-__all__ = ["BOOTSTRAPS", "LOG_LEVELS", "Env", "read_env"]
+__all__ = ["BOOTSTRAPS", "LOG_LEVELS", "Env", "launcher_environment", "read_env"]
 
 PREFIX = "COMMLIB_"
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -139,3 +139,8 @@ def read_env(environ: Mapping[str, str] = os.environ) -> Env:
     if env.rank is not None and env.world_size is not None and env.rank >= env.world_size:
         raise ConfigError(f"COMMLIB_RANK={env.rank} is not below COMMLIB_WORLD_SIZE={env.world_size}")
     return env
+
+
+def launcher_environment() -> Mapping[str, str]:
+    """What mpirun, torchrun and others tell the processes that they start (PMI_RANK, RANK, MASTER_ADDR, ...)."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}

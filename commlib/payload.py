@@ -57,7 +57,7 @@ class Framework:
                 raise ConfigError(f"{name} is on device {array.device}; the CPU executor takes CPU tensors")
             tensor = array.detach().contiguous()
             return Rows(tensor.data_ptr(), str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), tensor)
-        contiguous = np.ascontiguousarray(array)
+        contiguous = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
         return Rows(contiguous.ctypes.data, contiguous.dtype.name, tuple(array.shape), contiguous)
 
 

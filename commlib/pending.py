@@ -25,6 +25,7 @@ _LAYOUTS = {Layout.GROUPED: 0, Layout.ROWS: 1}
 class PendingDispatch:
     """A dispatch under way. Holds the caller's arrays until it is over."""
 
+    runtime_id: int
     op: Any
     framework: Framework
     dtype: str  # of the rows as they travel
@@ -38,7 +39,7 @@ class PendingDispatch:
         """True once `dispatch_recv` would not wait."""
         return bool(self.op.is_finished())
 
-    def result(self, runtime_id: int) -> Dispatched:
+    def result(self) -> Dispatched:
         op, view = self.op, self.framework.view
         num_rows: int = op.num_rows
         x = view(op.rows(self.hidden * DTYPE_BYTES[self.dtype]), self.dtype, (num_rows, self.hidden))
@@ -49,7 +50,7 @@ class PendingDispatch:
         self.inputs = ()
         if self.handle is not None:
             return Dispatched(x, scales, None, None, None, self.handle.num_tokens_per_expert, self.handle)
-        handle = Handle(op.handle, self.layout, runtime_id)
+        handle = Handle(op.handle, self.layout, self.runtime_id)
         row_weights = topk_idx = topk_weights = None
         if self.layout is Layout.GROUPED:
             row_weights = view(op.weights(num_rows), "float32", (num_rows,))
@@ -64,6 +65,7 @@ class PendingDispatch:
 class PendingCombine:
     """A combine under way. Holds the caller's arrays until it is over."""
 
+    runtime_id: int
     op: Any
     out: Any
     out_weight_grads: Any
@@ -153,7 +155,7 @@ def prepare_dispatch(
         )
     except ConfigError as error:
         op = engine.reject(str(error))
-        return PendingDispatch(op, Framework("numpy"), "float32", 0, 0, Layout.GROUPED, None, ())
+        return PendingDispatch(runtime_id, op, Framework("numpy"), "float32", 0, 0, Layout.GROUPED, None, ())
     op = engine.dispatch(
         rows.address,
         scale_rows.address,
@@ -168,7 +170,7 @@ def prepare_dispatch(
     )
     dtype = rows.dtype if fp8 is None else "float8_e4m3fn"
     inputs = (rows.owner, scale_rows.owner, idx.owner, weights.owner)
-    return PendingDispatch(op, framework, dtype, config.hidden, config.num_topk, layout, handle, inputs)
+    return PendingDispatch(runtime_id, op, framework, dtype, config.hidden, config.num_topk, layout, handle, inputs)
 
 
 def prepare_combine(
@@ -201,7 +203,7 @@ def prepare_combine(
             weight_grads, "weight_grads", dtypes=("float32",), shape=grad_shape, meaning=str(list(grad_shape))
         )
     except ConfigError as error:
-        return PendingCombine(engine.reject(str(error)), None, None, ())
+        return PendingCombine(runtime_id, engine.reject(str(error)), None, None, ())
     out = framework.empty((handle.num_tokens, config.hidden), rows.dtype)
     out_grads = None if weight_grads is None else framework.empty((handle.num_tokens, num_topk), "float32")
     op = engine.combine(
@@ -214,4 +216,4 @@ def prepare_combine(
         0 if out_grads is None else framework.rows(out_grads, "out_weight_grads").address,
         DTYPE_CODES[rows.dtype],
     )
-    return PendingCombine(op, out, out_grads, (rows.owner, row_weights.owner, grads.owner))
+    return PendingCombine(runtime_id, op, out, out_grads, (rows.owner, row_weights.owner, grads.owner))

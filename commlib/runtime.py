@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import weakref
 from types import TracebackType
@@ -10,6 +11,7 @@ from typing import Any
 
 from commlib import _native  # before the bootstrap loads an MPI, which may bring an older UCX of its own
 from commlib import bootstrap as _bootstrap
+from commlib.bootstrap.agreement import allgather_or_raise, require_equal
 from commlib.config import RuntimeConfig
 from commlib.env import Env, read_env
 from commlib.errors import ConfigError
@@ -62,8 +64,7 @@ class Runtime:
         try:
             self.rank: int = boot.rank
             self.num_ranks: int = boot.size
-            self.topology = topology if topology is not None else _find_topology(boot, env, connect_timeout_s)
-            self._check_topology()
+            self.topology = _agree_on_topology(boot, self.config, topology, env, connect_timeout_s)
             self._engine = _connect_engine(boot, self.config, self.topology, connect_timeout_s)
             self._bootstrap_text = boot.describe()
         finally:
@@ -71,6 +72,8 @@ class Runtime:
                 boot.close()
         self._id = next(_ids)
         self._is_closed = False
+        # The native core uses the arrays of an operation until it is over, also if the caller drops what it was given.
+        self._in_flight: list[PendingDispatch | PendingCombine] = []
         # A Runtime that is dropped, or a process that ends, must not leave peers waiting for it.
         self._finalizer = weakref.finalize(self, _abandon, self._engine)
         _logger.info("rank %d: %s", self.rank, self.describe())
@@ -136,7 +139,7 @@ class Runtime:
     ) -> PendingDispatch:
         """First half of `dispatch`: starts it and returns at once; `x` must not change until `dispatch_recv`."""
         self._check_open()
-        return prepare_dispatch(
+        pending = prepare_dispatch(
             self._engine,
             self.config,
             self._id,
@@ -149,11 +152,14 @@ class Runtime:
             expert_alignment=self.config.expert_alignment if expert_alignment is None else expert_alignment,
             fp8=fp8,
         )
+        self._in_flight.append(pending)
+        return pending
 
     def dispatch_recv(self, pending: PendingDispatch) -> Dispatched:
         """Second half of `dispatch`: waits for it."""
+        self._check_pending(pending, PendingDispatch)
         self._wait(pending.op)
-        return pending.result(self._id)
+        return pending.result()
 
     # ---- combine
 
@@ -178,12 +184,15 @@ class Runtime:
     def combine_send(self, y: Any, handle: Handle, *, weights: Any = None, weight_grads: Any = None) -> PendingCombine:
         """First half of `combine`: starts it and returns at once; `y` must not change until `combine_recv`."""
         self._check_open()
-        return prepare_combine(
+        pending = prepare_combine(
             self._engine, self.config, self._id, y, handle, weights=weights, weight_grads=weight_grads
         )
+        self._in_flight.append(pending)
+        return pending
 
     def combine_recv(self, pending: PendingCombine) -> Combined:
         """Second half of `combine`: waits for it."""
+        self._check_pending(pending, PendingCombine)
         self._wait(pending.op)
         return pending.result()
 
@@ -228,6 +237,7 @@ class Runtime:
         self._is_closed = True
         self._finalizer.detach()
         self._engine.close()
+        self._in_flight.clear()
 
     def __enter__(self) -> Runtime:
         return self
@@ -241,17 +251,17 @@ class Runtime:
             self._is_closed = True
             self._finalizer()
 
-    def _check_topology(self) -> None:
-        if self.topology.num_ranks != self.num_ranks:
-            raise ConfigError(f"topology has {self.topology.num_ranks} ranks, the group has {self.num_ranks}")
-        self.config.check_ranks(self.num_ranks)
-
     def _check_open(self) -> None:
         if self._is_closed:
             raise ConfigError("this Runtime is closed")
 
+    def _check_pending(self, pending: Any, kind: type[PendingDispatch | PendingCombine]) -> None:
+        if not isinstance(pending, kind) or pending.runtime_id != self._id:
+            raise ConfigError(f"{type(pending).__name__} is not a {kind.__name__} of this Runtime")
+
     def _wait(self, op: Any) -> None:
         outcome = op.wait()
+        self._in_flight = [pending for pending in self._in_flight if not pending.is_finished()]
         if outcome.kind.name != "DONE":
             raise error_of(outcome, self.rank)
 
@@ -260,11 +270,25 @@ def _abandon(engine: Any) -> None:
     engine.abandon()
 
 
-def _find_topology(boot: _bootstrap.Bootstrap, env: Env, timeout_s: float) -> Topology:
-    if env.ranks_per_node is not None:
-        return Topology.uniform(boot.size, env.ranks_per_node)
-    keys = boot.allgather(node_key().encode(), timeout_s=timeout_s)
-    return Topology.from_node_keys([key.decode(errors="replace") for key in keys])
+def _agree_on_topology(
+    boot: _bootstrap.Bootstrap, config: RuntimeConfig, topology: Topology | None, env: Env, timeout_s: float
+) -> Topology:
+    """Raises on all ranks alike if a rank's numbers do not fit or ranks were told different things."""
+
+    def tell() -> bytes:
+        given = topology
+        if given is None and env.ranks_per_node is not None:
+            given = Topology.uniform(boot.size, env.ranks_per_node)
+        if given is not None and given.num_ranks != boot.size:
+            raise ConfigError(f"topology has {given.num_ranks} ranks, the group has {boot.size}")
+        config.check_ranks(boot.size)
+        nodes = "found out" if given is None else list(given.node_of_rank)
+        return json.dumps({"must agree": {**config.shared(), "topology": nodes}, "node": node_key()}).encode()
+
+    told = [json.loads(blob) for blob in allgather_or_raise(boot, tell, timeout_s=timeout_s)]
+    require_equal([each["must agree"] for each in told])
+    nodes = told[0]["must agree"]["topology"]
+    return Topology.from_node_keys([each["node"] for each in told]) if nodes == "found out" else Topology(tuple(nodes))
 
 
 def _connect_engine(boot: _bootstrap.Bootstrap, config: RuntimeConfig, topology: Topology, timeout_s: float) -> Any:
@@ -290,26 +314,28 @@ def _connect_engine(boot: _bootstrap.Bootstrap, config: RuntimeConfig, topology:
         config.arena_bytes if config.arena_bytes is not None else default_arena_bytes(config, topology, boot.rank)
     )
     native.config_digest = config.digest() ^ hash(topology.node_of_rank) & (2**63 - 1)
-    engine = _build_engine(boot, native, timeout_s)
-    # Nobody may go on (or away) before the slowest has mapped everybody's memory.
-    boot.barrier(timeout_s)
-    return engine
+    return _build_engine(boot, native, timeout_s)
 
 
 def _build_engine(boot: _bootstrap.Bootstrap, native: Any, timeout_s: float) -> Any:
-    """Builds and connects; a rank that cannot says so to all, who raise its reason instead of waiting for it."""
-    engine, failure = None, None
-    try:
+    engine: Any = None
+
+    def build() -> bytes:
+        nonlocal engine
         engine = _native.Engine(native)
-        blob = b"+" + engine.address()
-    except Exception as error:
-        failure, blob = error, b"-" + str(error).encode()
-    blobs = boot.allgather(blob, timeout_s=timeout_s)
-    if failure is not None:
-        raise failure
-    for rank, other in enumerate(blobs):
-        if other[:1] == b"-":
-            raise ConfigError(f"rank {rank} could not start: {other[1:].decode(errors='replace')}")
-    assert engine is not None
-    engine.connect([other[1:] for other in blobs])
+        address: bytes = engine.address()
+        return address
+
+    def connect() -> bytes:
+        engine.connect(addresses)
+        return b""
+
+    try:
+        addresses = allgather_or_raise(boot, build, timeout_s=timeout_s)
+        # Nobody may go on (or away) before the slowest has mapped everybody's memory.
+        allgather_or_raise(boot, connect, timeout_s=timeout_s)
+    except BaseException:
+        if engine is not None:
+            engine.abandon()
+        raise
     return engine

@@ -18,10 +18,10 @@ NATIVE = ROOT / "native"
 MAX_LINES = 450
 
 L0 = {"errors", "env", "config"}
-L1 = {"topology", "routing", "layout", "quant"}
+L1 = {"topology", "routing", "layout", "quant", "payload"}
 L2 = {"bootstrap", "memory"}
 NATIVE_MODULE = {"_native"}
-L5 = {"handle", "runtime"}
+L5 = {"handle", "runtime", "pending", "faults"}
 L6 = {"ops"}
 
 # Module of commlib -> modules of commlib that it may import. Modules of one layer may import one another.

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import os
 import sys
 
 from commlib.bootstrap.interface import MAX_PAYLOAD_BYTES, Bootstrap
 from commlib.bootstrap.selection import choose
 from commlib.bootstrap.single import SingleBootstrap
-from commlib.env import Env, read_env
+from commlib.env import Env, launcher_environment, read_env
 from commlib.errors import ConfigError
 
 __all__ = ["MAX_PAYLOAD_BYTES", "Bootstrap", "connect"]
@@ -43,7 +42,7 @@ def connect(group: object | None = None, *, env: Env | None = None, timeout_s: f
 
 def _connect_by_environment(env: Env, timeout_s: float) -> Bootstrap:
     has_mpi4py = importlib.util.find_spec("mpi4py") is not None
-    choice = choose(env, os.environ, has_mpi4py=has_mpi4py, has_torch_group=_has_torch_group())
+    choice = choose(env, launcher_environment(), has_mpi4py=has_mpi4py, has_torch_group=_has_torch_group())
     if choice.kind == "mpi":
         from mpi4py import MPI
 

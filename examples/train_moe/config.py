@@ -84,7 +84,7 @@ class TrainConfig:
         seed: of the initial weights and of the data order.
     """
 
-    steps: int = 300
+    steps: int = 240
     warmup_steps: int = 20
     global_batch: int = 32
     seq_len: int = 128

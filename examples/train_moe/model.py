@@ -101,7 +101,7 @@ class Losses(NamedTuple):
 
 
 def training_losses(model: Transformer, windows: Tensor, config: TrainConfig) -> tuple[Losses, Tensor]:
-    """Losses of `windows` (int64 [batch, seq_len + 2]), and the load of the global batch: int64 [MoE layers, experts]."""
+    """Losses of `windows` (int64 [batch, seq_len + 2]), and the global batch's load: int64 [MoE layers, experts]."""
     output = model(windows[:, :-1])
     main = next_byte_loss(output.logits, windows[:, 1:-1])
     mtp = next_byte_loss(output.mtp_logits, windows[:, 2:])

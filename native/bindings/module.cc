@@ -5,4 +5,6 @@ NB_MODULE(_native, module) {
   commlib::bindings::register_errors(module);
   commlib::bindings::register_operations(module);
   commlib::bindings::register_engine(module);
+  commlib::bindings::register_goodput(module);
+  commlib::bindings::register_machine(module);
 }

@@ -1,6 +1,7 @@
 #include "cpu/combine_roles.hpp"
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 
 #include "channel/counter.hpp"
@@ -184,8 +185,8 @@ class ForwardReduce : public Role {
     const void* rows[kMaxTopk];
     int locals[kMaxTopk];
     int count = 0;
-    for (int local = 0; mask >> local; ++local) {
-      if ((mask >> local & 1) == 0) continue;
+    for (uint64_t rest = mask; rest != 0; rest &= rest - 1) {
+      const int local = std::countr_zero(rest);
       const uint8_t* row = arrivals_.peek(local);
       if (row == nullptr) return false;
       rows[count] = row;
@@ -343,8 +344,8 @@ class FinalReduce : public Role {
       return true;
     }
     const uint64_t mask = ranks_wanted(group_, entries, context_.handle->num_topk, node);
-    for (int local = 0; mask >> local; ++local) {
-      if ((mask >> local & 1) == 0) continue;
+    for (uint64_t rest = mask; rest != 0; rest &= rest - 1) {
+      const int local = std::countr_zero(rest);
       const uint8_t* slot = arrivals_.peek(local);
       if (slot == nullptr) {
         blocked_node_ = -1;

@@ -59,7 +59,8 @@ class Engine {
   ProxyCounters proxy_counters() const { return proxy_->counters(); }
   std::map<std::string, RoleCounters> role_counters() const { return executor_->counters(); }
   MemoryReport memory() const;
-  Executor& executor() { return *executor_; }
+  Executor& executor() { return *executor_; }  // for the test hooks, as is proxy()
+  Proxy& proxy() { return *proxy_; }
 
  private:
   void stop(bool is_clean);

@@ -110,10 +110,15 @@ bool Exchange::gather() {
 
 Wait Exchange::waits_for() const {
   const Group& group = mesh_.group();
-  for (int source = 0; source < group.num_ranks(); ++source) {
-    const uint64_t seen = load_acquire(
-        mesh_.arena_word(group.rank(), mesh_.control().exchange_epoch_of(source)));
-    if (seen < epoch_) return {source, source, epoch_, seen};
+  // Ranks of the own node first: one of them that stands still also holds back what it relays, and
+  // the sources it relays for would be blamed in its place.
+  for (const bool is_local : {true, false}) {
+    for (int source = 0; source < group.num_ranks(); ++source) {
+      const uint64_t seen = load_acquire(
+          mesh_.arena_word(group.rank(), mesh_.control().exchange_epoch_of(source)));
+      if (group.is_local(source) == is_local && seen < epoch_)
+        return {source, source, epoch_, seen};
+    }
   }
   return {};
 }

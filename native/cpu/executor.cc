@@ -80,12 +80,12 @@ void Executor::coordinate() {
       if (queue_.empty()) return;
       op = queue_.front();
       queue_.pop_front();
-      is_running_ = true;
       if (stop_) {
         lock.unlock();
         op->finish(stop_outcome_);
         continue;
       }
+      is_running_ = true;
     }
     proxy_.set_busy(true);
     Outcome outcome;
@@ -104,6 +104,7 @@ void Executor::coordinate() {
     {
       std::lock_guard<std::mutex> lock(mutex_);
       is_running_ = false;
+      wake_.notify_all();  // helpers that stop() has told to end wait for this
     }
     op->finish(std::move(outcome));
   }
@@ -424,7 +425,8 @@ void Executor::raise_timeout(const char* name, const char* role, const Wait& wai
   FaultRecord fault;
   fault.kind = FaultKind::kTimeout;
   fault.rank = mesh_.group().rank();
-  fault.peer = wait.peer;
+  // A role that waits for nobody stands still by itself.
+  fault.peer = wait.peer >= 0 ? wait.peer : fault.rank;
   fault.channel = wait.channel;
   fault.tag = epoch;
   fault.expected = wait.expected;

@@ -20,8 +20,9 @@ namespace commlib {
 namespace {
 
 std::mutex registry_mutex;
-std::map<uint64_t, uint8_t*>& registry() {  // instance -> base, for ranks that are threads
-  static auto* arenas = new std::map<uint64_t, uint8_t*>;
+// By instance, for ranks that are threads.
+std::map<uint64_t, std::weak_ptr<Mapping>>& registry() {
+  static auto* arenas = new std::map<uint64_t, std::weak_ptr<Mapping>>;
   return *arenas;
 }
 
@@ -52,6 +53,8 @@ std::string mib(size_t bytes) { return std::to_string((bytes + (1 << 20) - 1) >>
 
 }  // namespace
 
+Mapping::~Mapping() { munmap(base, bytes); }
+
 Arena::Arena(size_t head_bytes, size_t heap_bytes, size_t max_bytes)
     : max_bytes_(align_up(max_bytes, 4096)), instance_(next_instance()), heap_(head_bytes, head_bytes) {
   const size_t first = align_up(head_bytes + heap_bytes, 4096);
@@ -67,14 +70,14 @@ Arena::Arena(size_t head_bytes, size_t heap_bytes, size_t max_bytes)
       throw CapacityException("mapping " + mib(max_bytes_) + " of address space failed: " +
                                   std::strerror(errno) + "; lower max_arena_bytes or raise ulimit -v",
                               max_bytes_, 0);
-    base_ = static_cast<uint8_t*>(mapped);
+    mapping_ = std::make_shared<Mapping>(static_cast<uint8_t*>(mapped), max_bytes_);
   } catch (...) {
     close(fd_);
     throw;
   }
   heap_.grow(first);
   std::lock_guard<std::mutex> lock(registry_mutex);
-  registry()[instance_] = base_;
+  registry()[instance_] = mapping_;
 }
 
 Arena::~Arena() {
@@ -82,7 +85,6 @@ Arena::~Arena() {
     std::lock_guard<std::mutex> lock(registry_mutex);
     registry().erase(instance_);
   }
-  munmap(base_, max_bytes_);
   close(fd_);
 }
 
@@ -101,7 +103,7 @@ void Arena::commit(size_t bytes) {
     const size_t available =
         fstatvfs(fd_, &fs) == 0 ? static_cast<size_t>(fs.f_bavail) * fs.f_frsize : 0;
     // What was allocated before the failure goes back, so that a smaller request can succeed.
-    if (ftruncate(fd_, static_cast<off_t>(committed_)) != 0) assert(false);
+    if (ftruncate(fd_, static_cast<off_t>(committed_bytes())) != 0) assert(false);
     throw CapacityException("shared memory of " + mib(bytes) + " does not fit: /dev/shm has " +
                                 mib(available) + " left (" + std::strerror(error) +
                                 "); enlarge it (docker run --shm-size=2g, or mount -o "
@@ -127,10 +129,7 @@ ArenaView::ArenaView(const ArenaAddress& address) {
   if (address.pid == getpid()) {
     std::lock_guard<std::mutex> lock(registry_mutex);
     const auto found = registry().find(address.instance);
-    if (found != registry().end()) {
-      base_ = found->second;
-      return;
-    }
+    if (found != registry().end() && (mapping_ = found->second.lock())) return;
   }
   const std::string path =
       "/proc/" + std::to_string(address.pid) + "/fd/" + std::to_string(address.fd);
@@ -146,17 +145,7 @@ ArenaView::ArenaView(const ArenaAddress& address) {
   if (mapped == MAP_FAILED)
     throw CapacityException("mapping a peer's arena failed: " + std::string(std::strerror(error)),
                             address.max_bytes, 0);
-  base_ = static_cast<uint8_t*>(mapped);
-  mapped_bytes_ = address.max_bytes;
-}
-
-ArenaView::ArenaView(ArenaView&& other) noexcept
-    : base_(other.base_), mapped_bytes_(other.mapped_bytes_) {
-  other.mapped_bytes_ = 0;
-}
-
-ArenaView::~ArenaView() {
-  if (mapped_bytes_ != 0) munmap(base_, mapped_bytes_);
+  mapping_ = std::make_shared<Mapping>(static_cast<uint8_t*>(mapped), address.max_bytes);
 }
 
 std::shared_ptr<Slab> Slab::split_front(size_t bytes) {

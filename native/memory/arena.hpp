@@ -2,6 +2,7 @@
 // Peers of the node open it through /proc/<pid>/fd, so nothing is left behind however a job ends.
 #pragma once
 
+#include <atomic>
 #include <memory>
 #include <string>
 
@@ -17,6 +18,18 @@ struct ArenaAddress {
   uint64_t max_bytes = 0;
 };
 
+// Address space of an arena. Ranks that are threads of one process share it (see ArenaView), and the
+// last of them unmaps it: a rank that closes first must not pull the memory from under the others.
+struct Mapping {
+  Mapping(uint8_t* at, size_t size) : base(at), bytes(size) {}
+  ~Mapping();
+  Mapping(const Mapping&) = delete;
+  Mapping& operator=(const Mapping&) = delete;
+
+  uint8_t* base;
+  size_t bytes;
+};
+
 class Arena {
  public:
   // Commits head_bytes + heap_bytes, maps max_bytes of address space. Throws CapacityException.
@@ -25,7 +38,7 @@ class Arena {
   Arena(const Arena&) = delete;
   Arena& operator=(const Arena&) = delete;
 
-  uint8_t* base() const { return base_; }
+  uint8_t* base() const { return mapping_->base; }
   Heap& heap() { return heap_; }
   size_t committed_bytes() const { return committed_; }
   ArenaAddress address() const;
@@ -37,8 +50,8 @@ class Arena {
   void commit(size_t bytes);
 
   int fd_ = -1;
-  uint8_t* base_ = nullptr;
-  size_t committed_ = 0;
+  std::shared_ptr<Mapping> mapping_;
+  std::atomic<size_t> committed_{0};  // grows on the executor, reports read it anywhere
   size_t max_bytes_;
   uint64_t instance_;
   Heap heap_;
@@ -49,17 +62,11 @@ class Arena {
 class ArenaView {
  public:
   explicit ArenaView(const ArenaAddress& address);
-  ~ArenaView();
-  ArenaView(ArenaView&& other) noexcept;
-  ArenaView(const ArenaView&) = delete;
-  ArenaView& operator=(const ArenaView&) = delete;
-  ArenaView& operator=(ArenaView&&) = delete;
 
-  uint8_t* base() const { return base_; }
+  uint8_t* base() const { return mapping_->base; }
 
  private:
-  uint8_t* base_ = nullptr;
-  size_t mapped_bytes_ = 0;  // 0: borrowed
+  std::shared_ptr<Mapping> mapping_;
 };
 
 // A taken extent that returns to its heap when the last owner drops it; keeps the arena mapped.

@@ -67,6 +67,10 @@ void Proxy::loop() {
       transport_ ? std::min(0.0005, monitor_->period_s()) : monitor_->period_s());
   Backoff backoff(100);
   while (!stop_.load(std::memory_order_acquire)) {
+    if (is_frozen_.load(std::memory_order_acquire)) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+      continue;
+    }
     int events = drain();
     if (transport_) {
       events += transport_->progress();

@@ -55,6 +55,8 @@ class Proxy : public PutListener {
   }
   // Operations under way: while there are any the thread yields, else it sleeps between ticks.
   void set_busy(bool is_busy);
+  // Test hook: the thread stands still, as in a stopped process: no puts, no progress, no beat.
+  void set_frozen(bool is_frozen) { is_frozen_.store(is_frozen, std::memory_order_release); }
   ProxyCounters counters() const;
   Transport* transport() const { return transport_.get(); }
 
@@ -89,6 +91,7 @@ class Proxy : public PutListener {
   std::thread thread_;
   std::atomic<bool> stop_{false};
   std::atomic<bool> is_busy_{false};
+  std::atomic<bool> is_frozen_{false};
   bool is_clean_stop_ = false;
   double stop_timeout_s_ = 0;
   std::mutex mutex_;

@@ -271,6 +271,8 @@ void UcxTransport::shutdown(double timeout_s) noexcept {
   }
   failed_.clear();
   wait_until(Clock::now() + kForcedCloseLimit, &UcxTransport::is_closed);
+  // After the death of a peer UCX may warn that requests were "not returned to mpool": its own
+  // replies that it had queued for that peer, freed with the worker. None of ours.
   release_handles();
   complete_leftovers();
   report_completions();

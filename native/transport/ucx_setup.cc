@@ -277,8 +277,8 @@ std::string UcxTransport::describe_peer(const Peer& peer) const {
     return text + "unknown";
   }
   for (unsigned i = 0; i < attributes.transports.num_entries; ++i) {
-    text +=
-        (i == 0 ? "" : "+") + std::string(entries[i].transport_name) + "/" + entries[i].device_name;
+    if (i > 0) text += '+';
+    text.append(entries[i].transport_name).append("/").append(entries[i].device_name);
   }
   return text;
 }

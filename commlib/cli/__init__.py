@@ -1,0 +1,28 @@
+"""The command `commlib`: info and bench."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from commlib.errors import CommError
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one subcommand; returns the exit status."""
+    from commlib.cli import bench, info
+
+    parser = argparse.ArgumentParser(prog="commlib", description="Distributed MoE dispatch and combine.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for module in (info, bench):
+        module.add_parser(commands)
+    arguments = parser.parse_args(argv)
+    try:
+        status: int = arguments.run(arguments)
+    except CommError as error:
+        print(f"commlib {arguments.command}: {error}", file=sys.stderr, flush=True)
+        return 1
+    return status

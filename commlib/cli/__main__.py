@@ -1,0 +1,7 @@
+"""`python -m commlib.cli`: the command without its script."""
+
+import sys
+
+from commlib.cli import main
+
+sys.exit(main())

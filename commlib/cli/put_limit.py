@@ -1,0 +1,53 @@
+"""What the transport itself reaches between the same ranks: plain puts of the lower bound's bytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from commlib import _native
+from commlib.runtime import Runtime
+
+__all__ = ["PutLimit"]
+
+
+class PutLimit:
+    """Plain puts of as many bytes as dispatch (to the rails) or combine (home) must carry at least.
+
+    Args:
+        comm: mpi4py communicator of the Runtime's ranks.
+        runtime: for its topology and transport.
+        lower_bound: [node] bytes from this rank.
+    """
+
+    def __init__(self, comm: Any, runtime: Runtime, lower_bound: list[int]) -> None:
+        topology, config, rank = runtime.topology, runtime.config, runtime.rank
+        self._comm = comm
+        self._timeout_s = config.timeout_s
+        window = config.ring_bytes // config.chunk_bytes
+        self._probe = _native.GoodputProbe(config.transport, rank, comm.size, config.chunk_bytes, window)
+        addresses = comm.allgather(self._probe.address())
+        for peer in topology.scale_out_peers(rank):
+            self._probe.connect(peer, addresses[peer])
+        bounds = comm.allgather(lower_bound)
+        node = topology.node(rank)
+        nodes = [n for n in range(topology.num_nodes) if n != node]
+        self._rails = [topology.rail(rank, n) for n in nodes]
+        self._out = [lower_bound[n] for n in nodes]
+        self._in_sources = list(topology.in_sources(rank))
+        self._home = [bounds[source][node] for source in self._in_sources]
+        self._round = 0
+
+    def seconds(self, *, is_combine: bool) -> float:
+        """Time of one direction; collective."""
+        self._round += 1
+        self._comm.Barrier()
+        targets, sizes, sources = (
+            (self._in_sources, self._home, self._rails) if is_combine else (self._rails, self._out, self._in_sources)
+        )
+        # A rail can serve several sources, and a source several rails: one stream for each pair.
+        return float(self._probe.run(targets, sizes, sources, self._round, self._timeout_s))
+
+    def close(self) -> None:
+        """Leaves together, so that nobody loses a peer."""
+        self._comm.Barrier()
+        del self._probe

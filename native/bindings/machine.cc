@@ -1,0 +1,31 @@
+// Facts about this build and machine for `commlib info`.
+#include <nanobind/stl/string.h>
+
+#include "bindings/bindings.hpp"
+#include "cpu/rows.hpp"
+#include "transport/transport.hpp"
+
+namespace nb = nanobind;
+
+namespace commlib::bindings {
+namespace {
+
+class NullListener : public PutListener {
+ public:
+  void on_put_complete(uint64_t) override {}
+};
+
+// Loads and describes the default provider, connected to nobody.
+std::string transport_version() {
+  NullListener listener;
+  return make_transport("ucx", &listener, 0)->describe();
+}
+
+}  // namespace
+
+void register_machine(nb::module_& module) {
+  module.def("row_kernels", [] { return std::string(row_kernels().name); });
+  module.def("transport_version", &transport_version);
+}
+
+}  // namespace commlib::bindings

@@ -1,0 +1,373 @@
+// The proxy thread over a transport that writes down what it is told, and over the loopback.
+#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
+#include <doctest/doctest.h>
+
+#include <map>
+#include <random>
+#include <vector>
+
+#include "tests/proxy_rig.hpp"
+
+using namespace commlib;
+using namespace commlib::testing;
+
+namespace {
+
+constexpr size_t kRingBytes = 4096;
+constexpr uint64_t kClosed = ~0ull;
+
+struct Planned {
+  CommandFields fields;
+  int peer;
+};
+
+// Random commands on all channels of `end`, pushed while the proxy works.
+std::vector<Planned> push_random(ProxyEnd& end, int count, unsigned seed) {
+  std::mt19937 random(seed);
+  const auto& specs = end.proxy().channels().specs();
+  std::vector<Planned> plan;
+  for (int i = 0; i < count; ++i) {
+    const uint32_t channel = uint32_t(random() % specs.size());
+    const bool is_put = random() % 3 != 0;
+    const CommandFields fields = {is_put ? CommandKind::kPut : CommandKind::kSignal, channel,
+                                  uint32_t(random() % 5 + 1),
+                                  is_put ? uint32_t(random() % 100 * 16) : 0,
+                                  is_put ? random() % 100 * 16 : 0,
+                                  is_put ? random() % 100 * 16 : 0};
+    plan.push_back({fields, specs[channel].peer});
+    while (!end.fifo().push(encode(fields))) sched_yield();
+  }
+  return plan;
+}
+
+bool is_channel_signal(const ProxyEnd& end, const Event& event, uint32_t channel) {
+  const ChannelSpec& spec = const_cast<ProxyEnd&>(end).proxy().channels().specs()[channel];
+  return event.kind == Event::kSignal && event.peer == spec.peer &&
+         event.remote_offset == spec.remote_signal_offset;
+}
+
+}  // namespace
+
+TEST_CASE("one put per command, counters after the data, totals add up") {
+  ProxyEnd end(0, {0, 0, 1, 1, 2}, kRingBytes);
+  FakeTransport& fake = end.use_fake();
+  end.proxy().start();
+  end.proxy().set_busy(true);
+  const std::vector<Planned> plan = push_random(end, 3000, 1);
+  uint64_t num_puts = 0, data_bytes = 0, exchange_bytes = 0;
+  std::map<uint32_t, uint64_t> totals;
+  const auto& specs = end.proxy().channels().specs();
+  for (const Planned& planned : plan) {
+    totals[planned.fields.channel] += planned.fields.count;
+    if (planned.fields.kind != CommandKind::kPut) continue;
+    ++num_puts;
+    const bool is_exchange = specs[planned.fields.channel].purpose == ChannelPurpose::kExchange;
+    (is_exchange ? exchange_bytes : data_bytes) += planned.fields.bytes;
+  }
+  REQUIRE(wait_until([&] { return end.proxy().counters().commands == plan.size(); }));
+  end.proxy().stop(true, 1);  // now the log is complete
+  const std::vector<Event> events = fake.events();
+
+  // Every put command is one put, in order, unchanged.
+  size_t at = 0;
+  for (const Event& event : events) {
+    if (event.kind != Event::kPut) continue;
+    while (at < plan.size() && plan[at].fields.kind != CommandKind::kPut) ++at;
+    REQUIRE(at < plan.size());
+    const CommandFields& fields = plan[at].fields;
+    const bool is_same = event.peer == plan[at].peer && event.bytes == fields.bytes &&
+                         event.local_offset == fields.src_offset &&
+                         event.remote_offset == fields.dst_offset;
+    CHECK(is_same);
+    ++at;
+  }
+  CHECK(fake.events(Event::kPut).size() == num_puts);
+  std::map<uint64_t, int> tokens;
+  for (const Event& event : fake.events(Event::kPut)) CHECK(++tokens[event.value] == 1);
+
+  // A channel's counter never falls, ends at the sum, and follows a fence after the peer's puts.
+  uint64_t num_signals = 0;
+  for (uint32_t channel = 0; channel < specs.size(); ++channel) {
+    uint64_t last = 0;
+    for (const Event& event : events) {
+      if (!is_channel_signal(end, event, channel)) continue;
+      CHECK(event.value > last);
+      last = event.value;
+      ++num_signals;
+    }
+    CHECK(last == totals[channel]);
+  }
+  std::map<int, bool> has_unfenced;
+  for (const Event& event : events) {
+    if (event.kind == Event::kPut) has_unfenced[event.peer] = true;
+    if (event.kind == Event::kFence) has_unfenced[event.peer] = false;
+    for (uint32_t channel = 0; channel < specs.size(); ++channel)
+      if (is_channel_signal(end, event, channel)) CHECK(!has_unfenced[event.peer]);
+  }
+
+  const ProxyCounters counters = end.proxy().counters();
+  CHECK(counters.commands == plan.size());
+  CHECK(counters.data_bytes == data_bytes);
+  CHECK(counters.exchange_bytes == exchange_bytes);
+  CHECK(counters.signals == num_signals);
+  CHECK(data_bytes > 0);
+  CHECK(exchange_bytes > 0);
+}
+
+TEST_CASE("several FIFOs feed one proxy") {
+  ProxyEnd end(0, {0, 1, 2, 3}, kRingBytes, 3);
+  FakeTransport& fake = end.use_fake();
+  end.proxy().start();
+  for (int i = 0; i < 3; ++i) {
+    FifoProducer producer{end.proxy().fifo(i)};
+    for (int n = 0; n < 50; ++n)
+      REQUIRE(producer.push(encode({CommandKind::kPut, uint32_t(i), 1, 16, 0, size_t(n) * 16})));
+  }
+  REQUIRE(wait_until([&] { return fake.events(Event::kPut).size() == 150; }));
+  std::map<int, size_t> next;  // order within a FIFO is kept
+  for (const Event& event : fake.events(Event::kPut)) {
+    CHECK(event.remote_offset == next[event.peer]);
+    next[event.peer] += 16;
+  }
+}
+
+TEST_CASE("completed() is the prefix of puts that completed, in whatever order they do") {
+  ProxyEnd end(0, {0, 1, 2}, kRingBytes);
+  FakeTransport& fake = end.use_fake();
+  end.proxy().start();
+  end.proxy().set_busy(true);
+  const uint32_t channels[2] = {
+      end.proxy().channels().to_node(ChannelPurpose::kDispatchData, 1),
+      end.proxy().channels().to_node(ChannelPurpose::kDispatchData, 2)};
+  constexpr size_t kPuts = 60;
+  for (size_t i = 0; i < 2 * kPuts; ++i)
+    REQUIRE(end.fifo().push(encode({CommandKind::kPut, channels[i % 2], 1, 16, 0, 0})));
+  REQUIRE(wait_until([&] { return fake.events(Event::kPut).size() == 2 * kPuts; }));
+  const std::vector<Event> puts = fake.events(Event::kPut);
+  std::vector<size_t> order(puts.size());
+  for (size_t i = 0; i < order.size(); ++i) order[i] = i;
+  std::shuffle(order.begin(), order.end(), std::mt19937(5));
+
+  std::vector<bool> is_complete(puts.size());
+  const auto prefix = [&](size_t lane) {
+    uint64_t count = 0;
+    while (count < kPuts && is_complete[2 * count + lane]) ++count;
+    return count;
+  };
+  for (size_t index : order) {
+    is_complete[index] = true;
+    fake.complete(puts[index].value);
+    // Too low means not handled yet; too high would be a slot reused while it is being read.
+    REQUIRE(wait_until([&] {
+      return end.proxy().completed(channels[0]) >= prefix(0) &&
+             end.proxy().completed(channels[1]) >= prefix(1);
+    }));
+    CHECK(end.proxy().completed(channels[0]) == prefix(0));
+    CHECK(end.proxy().completed(channels[1]) == prefix(1));
+  }
+  CHECK(prefix(0) == kPuts);
+}
+
+TEST_CASE("loopback: who sees the counter sees the data") {
+  ProxyPair pair(kRingBytes);  // the provider reorders all that no fence keeps in order
+  ProxyEnd& from = pair.end(0);
+  ProxyEnd& to = pair.end(1);
+  const uint32_t channel = from.proxy().channels().to_node(ChannelPurpose::kDispatchData, 1);
+  const size_t source = from.mesh().registered().dispatch_send_ring_of(1);
+  const size_t target = to.mesh().registered().dispatch_recv_ring_of(0);
+  auto* out = reinterpret_cast<uint64_t*>(from.mesh().memory().base() + source);
+  const auto* in = reinterpret_cast<const uint64_t*>(to.mesh().memory().base() + target);
+  const uint64_t* count = to.word(to.mesh().registered().dispatch_count_in, 0);
+  constexpr uint64_t kPuts = 200;
+  for (uint64_t i = 0; i < kPuts; ++i) {
+    out[2 * i] = i + 1;
+    out[2 * i + 1] = ~i;
+    while (!from.fifo().push(
+        encode({CommandKind::kPut, channel, 1, 16, source + 16 * i, target + 16 * i})))
+      sched_yield();
+    const uint64_t seen = load_acquire(count);
+    if (seen > 0) CHECK(in[2 * (seen - 1)] == seen);
+  }
+  REQUIRE(wait_until([&] { return load_acquire(count) == kPuts; }));
+  for (uint64_t i = 0; i < kPuts; ++i) {
+    CHECK(in[2 * i] == i + 1);
+    CHECK(in[2 * i + 1] == ~i);
+  }
+}
+
+TEST_CASE("a fault of the transport becomes the Runtime's fault") {
+  for (int peer : {1, -1}) {
+    ProxyEnd end(0, {0, 1, 2}, kRingBytes);
+    FakeTransport& fake = end.use_fake();
+    end.proxy().start();
+    fake.fail({peer, -25, "put_nbx", "rank 1: connection reset"});
+    REQUIRE(wait_until([&] { return end.board().raised(); }));
+    const FaultRecord record = end.board().record();
+    CHECK(record.kind == (peer < 0 ? FaultKind::kTransport : FaultKind::kPeerLost));
+    CHECK(record.rank == 0);
+    CHECK(record.peer == peer);
+    CHECK(record.code == -25);
+    CHECK(std::string(record.phase) == "transport/put_nbx");
+    CHECK(std::string(record.detail) == "rank 1: connection reset");
+    // The first fault stays; a later one is a consequence.
+    fake.fail({2, -1, "later", "later"});
+    end.proxy().stop(false, 0);
+    CHECK(end.board().record().peer == peer);
+    CHECK(fake.is_shut_down());
+  }
+}
+
+TEST_CASE("a peer that has said good-bye can neither fail nor fall silent") {
+  ProxyEnd end(0, {0, 1, 2}, kRingBytes);
+  FakeTransport& fake = end.use_fake(0.2);
+  store_release(end.word(end.mesh().registered().heartbeat_in, 1), kClosed);
+  end.proxy().start();
+  fake.fail({1, -25, "put_nbx", "rank 1: closed its endpoint"});
+  const double begin = now_s();
+  uint64_t beat = 0;
+  // The other peer goes on beating; its failure is the sign that the first one was passed over.
+  REQUIRE(wait_until([&] {
+    store_release(end.word(end.mesh().registered().heartbeat_in, 2), ++beat);
+    return now_s() - begin > 0.7;
+  }));
+  CHECK(!end.board().raised());
+  fake.fail({2, -25, "put_nbx", "rank 2: connection reset"});
+  REQUIRE(wait_until([&] { return end.board().raised(); }));
+  CHECK(end.board().record().peer == 2);
+}
+
+TEST_CASE("silence is judged from the first beat on") {
+  ProxyEnd end(0, {0, 1}, kRingBytes);
+  end.use_fake(0.2);
+  uint64_t* beat = end.word(end.mesh().registered().heartbeat_in, 1);
+  const double begin = now_s();
+  end.proxy().start();
+  // Never seen: the deadline of an operation covers a peer that does not start.
+  REQUIRE(wait_until([&] { return now_s() - begin > 0.5; }));
+  CHECK(!end.board().raised());
+  store_release(beat, 1);
+  const double last = now_s();
+  REQUIRE(wait_until([&] { return end.board().raised(); }));
+  CHECK(now_s() - last > 0.2);
+  const FaultRecord record = end.board().record();
+  CHECK(record.kind == FaultKind::kPeerLost);
+  CHECK(record.rank == 0);
+  CHECK(record.peer == 1);
+  CHECK(record.seen == 1);
+  CHECK(std::string(record.phase) == "heartbeat");
+}
+
+TEST_CASE("a fault is told to every peer but the failed one, once") {
+  // Rank 1 of {0, 0 | 1, 1 | 2, 2}: node peer 0, rails 3 and 5.
+  ProxyEnd end(1, {0, 0, 1, 1, 2, 2}, kRingBytes);
+  Arena neighbour(end.mesh().control().total_bytes, 0, end.mesh().control().total_bytes);
+  end.mesh().map_peer(0, neighbour.address());
+  FakeTransport& fake = end.use_fake(60);
+  end.proxy().start();
+  fake.fail({3, -25, "put_nbx", "rank 3: connection reset"});
+  const RegisteredRegion& there = end.mesh().registered_of(5);
+  const auto is_told = [&](const Event& event) {
+    return event.kind == Event::kSignal &&
+           event.remote_offset == RegisteredRegion::line(there.fault_count_in, 1);
+  };
+  const auto num_told = [&] {
+    const auto events = fake.events(Event::kSignal);
+    return std::count_if(events.begin(), events.end(), is_told);
+  };
+  REQUIRE(wait_until([&] { return num_told() > 0; }));
+  REQUIRE(wait_until([&] { return fake.events(Event::kSignal).size() > 12; }));  // more beats
+  CHECK(num_told() == 1);
+  const std::vector<Event> puts = fake.events(Event::kPut);
+  REQUIRE(puts.size() == 1);
+  CHECK(puts[0].peer == 5);
+  CHECK(puts[0].bytes == sizeof(FaultRecord));
+  CHECK(puts[0].local_offset == end.mesh().registered().fault_record_out);
+  CHECK(puts[0].remote_offset == there.fault_record_in_of(1));
+  const auto* told =
+      reinterpret_cast<uint64_t*>(neighbour.base() + end.mesh().control().fault_count_of(1));
+  CHECK(load_acquire(told) == 1);
+  FaultRecord copy;
+  std::memcpy(static_cast<void*>(&copy),
+              neighbour.base() + end.mesh().control().fault_record_of(1), sizeof copy);
+  CHECK(copy.peer == 3);
+  CHECK(copy.rank == 1);
+}
+
+TEST_CASE("a fault that a peer reports is taken over as it is") {
+  for (bool is_local : {true, false}) {
+    ProxyEnd end(1, {0, 0, 1, 1}, kRingBytes);
+    Arena neighbour(end.mesh().control().total_bytes, 0, end.mesh().control().total_bytes);
+    end.mesh().map_peer(0, neighbour.address());
+    end.use_fake(1);
+    FaultRecord fault;
+    fault.kind = FaultKind::kTimeout;
+    fault.rank = 2;
+    fault.peer = 3;
+    fault.channel = 3;
+    fault.set_phase("dispatch/expand");
+    const RegisteredRegion& registered = end.mesh().registered();
+    const ControlRegion& control = end.mesh().control();
+    uint8_t* record = is_local ? end.mesh().arena_base(1) + control.fault_record_of(0)
+                               : end.mesh().memory().base() + registered.fault_record_in_of(3);
+    uint64_t* count = is_local ? end.mesh().arena_word(1, control.fault_count_of(0))
+                               : end.word(registered.fault_count_in, 3);
+    std::memcpy(record, &fault, sizeof fault);
+    end.proxy().start();
+    CHECK(!end.board().raised());
+    store_release(count, 1);
+    REQUIRE(wait_until([&] { return end.board().raised(); }));
+    const FaultRecord taken = end.board().record();
+    CHECK(taken.kind == FaultKind::kTimeout);
+    CHECK(taken.rank == 2);
+    CHECK(taken.peer == 3);
+    CHECK(taken.channel == 3);
+    CHECK(std::string(taken.phase) == "dispatch/expand");
+  }
+}
+
+TEST_CASE("a clean stop posts what is queued and says good-bye") {
+  ProxyEnd end(0, {0, 1}, kRingBytes);
+  FakeTransport& fake = end.use_fake();
+  const uint32_t channel = end.proxy().channels().to_node(ChannelPurpose::kDispatchData, 1);
+  for (int i = 0; i < 1000; ++i)
+    REQUIRE(end.fifo().push(encode({CommandKind::kPut, channel, 1, 16, 0, 0})));
+  end.proxy().start();
+  end.proxy().stop(true, 5);
+  end.proxy().stop(true, 5);  // idempotent
+  CHECK(fake.events(Event::kPut).size() == 1000);
+  CHECK(fake.is_shut_down());
+  const Event last = fake.events().back();
+  CHECK(last.kind == Event::kSignal);
+  CHECK(last.value == kClosed);
+  CHECK(last.remote_offset ==
+        RegisteredRegion::line(end.mesh().registered_of(1).heartbeat_in, 0));
+  CHECK(load_acquire(end.mesh().arena_word(0, end.mesh().control().heartbeat)) == kClosed);
+}
+
+TEST_CASE("an unclean stop does not pretend to be a good-bye") {
+  ProxyEnd end(0, {0, 1}, kRingBytes);
+  FakeTransport& fake = end.use_fake();
+  end.proxy().start();
+  end.proxy().stop(false, 0);
+  for (const Event& event : fake.events(Event::kSignal)) CHECK(event.value != kClosed);
+  CHECK(fake.is_shut_down());
+}
+
+TEST_CASE("a frozen proxy does nothing, and goes on where it stopped") {
+  ProxyEnd end(0, {0, 1}, kRingBytes);
+  FakeTransport& fake = end.use_fake(0.1);
+  end.proxy().start();
+  REQUIRE(wait_until([&] { return !fake.events(Event::kSignal).empty(); }));
+  end.proxy().set_frozen(true);
+  size_t before = 0;
+  REQUIRE(wait_until([&] {  // the step under way ends
+    const size_t now = fake.events().size();
+    return std::exchange(before, now) == now;
+  }));
+  REQUIRE(end.fifo().push(encode({CommandKind::kPut, 0, 1, 16, 0, 0})));
+  const double begin = now_s();
+  REQUIRE(wait_until([&] { return now_s() - begin > 0.05; }));
+  CHECK(fake.events(Event::kPut).empty());
+  end.proxy().set_frozen(false);
+  REQUIRE(wait_until([&] { return fake.events(Event::kPut).size() == 1; }));
+}

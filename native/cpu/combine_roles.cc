@@ -402,10 +402,15 @@ std::vector<std::unique_ptr<Role>> make_combine_roles(const CombineContext& cont
   for (int source : group.in_sources(group.rank()))
     roles.push_back(std::make_unique<ForwardReduce>(context, source, fifo()));
   roles.push_back(std::make_unique<FinalReduce>(context, fifo()));
-  // Every rank begins with another source, so that all of them finish at about the same time.
-  for (int i = 0; i < group.num_ranks(); ++i)
-    roles.push_back(
-        std::make_unique<Reduce>(context, (group.rank() + i) % group.num_ranks()));
+  // Rows with the longer way home first. Every rank begins with another source, so that all of them
+  // finish at about the same time.
+  for (const bool is_local : {false, true}) {
+    for (int i = 0; i < group.num_ranks(); ++i) {
+      const int source = (group.rank() + i) % group.num_ranks();
+      if (group.is_local(source) == is_local)
+        roles.push_back(std::make_unique<Reduce>(context, source));
+    }
+  }
   return roles;
 }
 

@@ -92,7 +92,7 @@ def _check_rows(x: Any, scales: Any, fp8: str | None, hidden: int, num_tokens: i
     count = "num_tokens" if num_tokens is None else str(num_tokens)
     meaning = f"[{count}, hidden={hidden}]"
     rows = require_rows(x, "x", dtypes=tuple(DTYPE_CODES), shape=(num_tokens, hidden), meaning=meaning)
-    if fp8 not in _CASTS:
+    if fp8 is not None and (not isinstance(fp8, str) or fp8 not in _CASTS):
         raise ConfigError(f'fp8={fp8!r} is not None, "fp32" or "pow2"')
     is_fp8 = rows.dtype == "float8_e4m3fn"
     if is_fp8 and fp8 is not None:
@@ -113,6 +113,11 @@ def _check_routing(topk_idx: Any, topk_weights: Any, num_tokens: int, num_topk: 
     idx = require_rows(topk_idx, "topk_idx", dtypes=("int64",), shape=shape, meaning=meaning)
     weights = optional_array(topk_weights, "topk_weights", dtypes=("float32",), shape=shape, meaning=meaning)
     return idx, weights
+
+
+def _reason(error: Exception) -> str:
+    """What all ranks are told. Also of errors that nobody foresaw: to raise them here would strand the other ranks."""
+    return str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
 
 
 def _layout_of(layout: Layout | str) -> Layout:
@@ -153,8 +158,8 @@ def prepare_dispatch(
             if handle is not None
             else _check_routing(topk_idx, topk_weights, rows.shape[0], config.num_topk)
         )
-    except ConfigError as error:
-        op = engine.reject(str(error))
+    except Exception as error:
+        op = engine.reject(_reason(error))
         return PendingDispatch(runtime_id, op, Framework("numpy"), "float32", 0, 0, Layout.GROUPED, None, ())
     op = engine.dispatch(
         rows.address,
@@ -202,8 +207,8 @@ def prepare_combine(
         grads = optional_array(
             weight_grads, "weight_grads", dtypes=("float32",), shape=grad_shape, meaning=str(list(grad_shape))
         )
-    except ConfigError as error:
-        return PendingCombine(runtime_id, engine.reject(str(error)), None, None, ())
+    except Exception as error:
+        return PendingCombine(runtime_id, engine.reject(_reason(error)), None, None, ())
     out = framework.empty((handle.num_tokens, config.hidden), rows.dtype)
     out_grads = None if weight_grads is None else framework.empty((handle.num_tokens, num_topk), "float32")
     op = engine.combine(

@@ -49,8 +49,10 @@ def require_equal(values: Sequence[dict[str, Any]]) -> None:
 
 def _encode(error: Exception) -> bytes:
     values = dict(error.__dict__) if isinstance(error, CommError) else {}
-    name = type(error).__name__ if isinstance(error, CommError) else "CommError"
-    text = str(error) if isinstance(error, CommError) else f"{type(error).__name__}: {error}"
+    if isinstance(error, CommError | ValueError):  # the native core says ValueError to a value that it does not know
+        name, text = (type(error) if isinstance(error, CommError) else ConfigError).__name__, str(error)
+    else:
+        name, text = CommError.__name__, f"{type(error).__name__}: {error}"
     return json.dumps({"type": name, "text": text, "values": values}).encode()
 
 

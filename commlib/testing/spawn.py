@@ -170,7 +170,8 @@ def _rank_environ(ranks_per_node: int | None, launcher: Launcher, num_ranks: int
 def _launch_command(launcher: Launcher, num_ranks: int, mpirun_args: Sequence[str], main: list[str]) -> list[str]:
     if launcher == "mpirun":
         beside = Path(sys.executable).parent / "mpirun"
-        mpirun = str(beside) if beside.exists() else shutil.which("mpirun")
+        # MPIRUN chooses another MPI than that of the environment (launch/mpirun honours it, too).
+        mpirun = os.environ.get("MPIRUN") or (str(beside) if beside.exists() else shutil.which("mpirun"))
         if mpirun is None:
             raise FileNotFoundError("mpirun is neither beside the Python interpreter nor in PATH")
         return [mpirun, *mpirun_args, "-n", str(num_ranks), sys.executable, *main]

@@ -56,7 +56,10 @@ std::string mib(size_t bytes) { return std::to_string((bytes + (1 << 20) - 1) >>
 Mapping::~Mapping() { munmap(base, bytes); }
 
 Arena::Arena(size_t head_bytes, size_t heap_bytes, size_t max_bytes)
-    : max_bytes_(align_up(max_bytes, 4096)), instance_(next_instance()), heap_(head_bytes, head_bytes) {
+    : head_bytes_(head_bytes),
+      max_bytes_(align_up(max_bytes, 4096)),
+      instance_(next_instance()),
+      heap_(head_bytes, head_bytes) {
   const size_t first = align_up(head_bytes + heap_bytes, 4096);
   if (first > max_bytes_)
     throw CapacityException("the arena needs " + mib(first) + ", more than max_arena_bytes = " +
@@ -117,10 +120,10 @@ void Arena::grow_for(size_t bytes) {
   const size_t missing = bytes - std::min(bytes, heap_.free_at_end());
   const size_t wanted = align_up(heap_.end() + missing, 4096);
   if (wanted > max_bytes_)
-    throw CapacityException("the arena would need " + mib(wanted) + ", more than max_arena_bytes = " +
-                                mib(max_bytes_) + "; drop handles and outputs earlier, or raise "
-                                "max_arena_bytes",
-                            wanted, max_bytes_);
+    throw CapacityException("the arena would need " + mib(wanted - head_bytes_) +
+                                ", more than max_arena_bytes = " + mib(max_bytes_ - head_bytes_) +
+                                "; drop handles and outputs earlier, or raise max_arena_bytes",
+                            wanted - head_bytes_, max_bytes_ - head_bytes_);
   commit(wanted);
   heap_.grow(wanted);
 }

@@ -52,7 +52,8 @@ class Arena {
   int fd_ = -1;
   std::shared_ptr<Mapping> mapping_;
   std::atomic<size_t> committed_{0};  // grows on the executor, reports read it anywhere
-  size_t max_bytes_;
+  size_t head_bytes_;
+  size_t max_bytes_;  // of head and heap
   uint64_t instance_;
   Heap heap_;
 };

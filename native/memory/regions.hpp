@@ -86,7 +86,7 @@ struct RegisteredRegion {
   size_t ring_bytes = 0;
 
   RegisteredRegion(const Group& group, int rank, const MemoryConfig& config)
-      : ring_bytes(config.ring_bytes),
+      : ring_bytes(align_up(config.ring_bytes, kLine)),  // commands address rings in units
         num_ranks_(static_cast<size_t>(group.num_ranks())),
         row_bytes_(config.exchange_row_bytes),
         in_sources_(group.in_sources(rank)),

@@ -72,14 +72,14 @@ uint64_t count_mismatches(size_t capacity, uint64_t num_commands) {
   FifoConsumer end{fifo.memory()};
   uint64_t mismatches = 0;
   for (uint64_t i = 0; i < num_commands; ++i) {
-    Command command;
+    Command command{};
     while (!end.pop(&command)) sched_yield();
     if (!is_same(decode(command), numbered(i))) ++mismatches;
     for (uint64_t w = 0; w < 4; ++w)
       if (payload[i].words[w] != i * 4 + w) ++mismatches;
   }
   producer.join();
-  Command command;
+  Command command{};
   if (end.pop(&command)) ++mismatches;
   return mismatches;
 }
@@ -117,7 +117,7 @@ TEST_CASE("a full FIFO refuses, an empty one gives nothing") {
     TestFifo fifo(capacity);
     FifoProducer producer{fifo.memory()};
     FifoConsumer consumer{fifo.memory()};
-    Command command;
+    Command command{};
     for (uint64_t lap = 0; lap < 5; ++lap) {
       CHECK(!consumer.pop(&command));
       for (uint64_t i = 0; i < capacity; ++i)
@@ -139,7 +139,7 @@ TEST_CASE("laps: random pushes and pops against a queue") {
     FifoConsumer consumer{fifo.memory()};
     std::deque<CommandFields> model;
     RandomFields fields(unsigned(capacity) + 7);
-    std::mt19937 random(unsigned(capacity));
+    std::mt19937 random{unsigned(capacity)};
     uint64_t popped = 0;
     for (int step = 0; step < 4000; ++step) {
       if (random() % 2 == 0) {
@@ -152,7 +152,7 @@ TEST_CASE("laps: random pushes and pops against a queue") {
         CHECK(is_pushed == (model.size() < capacity));
         if (is_pushed) model.push_back(next);
       } else {
-        Command command;
+        Command command{};
         const bool is_popped = consumer.pop(&command);
         REQUIRE(is_popped == !model.empty());
         if (!is_popped) continue;

@@ -14,6 +14,7 @@
 #include <random>
 #include <vector>
 
+#include "channel/command.hpp"
 #include "memory/mesh.hpp"
 
 using namespace commlib;

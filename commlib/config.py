@@ -37,8 +37,9 @@ class RuntimeConfig:
         expert_alignment: every local expert's rows are padded to a multiple of this (layout "grouped").
         num_threads: worker threads of the CPU executor on this rank.
         chunk_tokens: tokens moved per signal over scale-up.
-        chunk_bytes: bytes moved per put over scale-out.
-        ring_bytes: bytes of one scale-out ring.
+        chunk_bytes: bytes moved per put over scale-out (one row, if a row is larger).
+        ring_bytes: bytes of one scale-out ring, which is also the most that is in flight to one peer. On links that
+            drop what their queues cannot hold (TCP), more is slower; on long fast links less is (docs/performance.md).
         arena_bytes: initial heap of the arena; None = sized from the shape.
         max_arena_bytes: virtual size of the arena, up to which it may grow.
         max_in_flight: operations issued but not yet finished, at most.
@@ -57,8 +58,8 @@ class RuntimeConfig:
     expert_alignment: int = 128
     num_threads: int = 1
     chunk_tokens: int = 32
-    chunk_bytes: int = 256 * 1024
-    ring_bytes: int = 4 * 1024 * 1024
+    chunk_bytes: int = 64 * 1024
+    ring_bytes: int = 512 * 1024
     arena_bytes: int | None = None
     max_arena_bytes: int = 64 * 1024**3
     max_in_flight: int = 8

@@ -44,7 +44,8 @@ class Handle:
         return [list(row) for row in self._native.tokens_per_node]
 
     def __repr__(self) -> str:
-        return f"Handle(epoch={self.epoch}, layout={self.layout}, num_tokens={self.num_tokens}, num_rows={self.num_rows})"
+        sizes = f"num_tokens={self.num_tokens}, num_rows={self.num_rows}"
+        return f"Handle(epoch={self.epoch}, layout={self.layout}, {sizes})"
 
 
 class Dispatched(NamedTuple):

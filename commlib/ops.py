@@ -1,8 +1,8 @@
 """Dispatch and combine as torch autograd operations.
 
-The backward of a dispatch is a combine, the backward of a combine is a dispatch by the same handle. Both are collective,
-so they run on every rank whatever its inputs are: no tokens, no rows, frozen tensors. `combine` is tied to its dispatch
-for that reason, and its result has to take part in the loss on every rank.
+The backward of a dispatch is a combine, the backward of a combine is a dispatch by the same handle. Both are
+collective, so they run on every rank whatever its inputs are: no tokens, no rows, frozen tensors. `combine` is tied to
+its dispatch for that reason, and its result has to take part in the loss on every rank.
 """
 
 from __future__ import annotations

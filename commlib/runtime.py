@@ -95,14 +95,14 @@ class Runtime:
         """Carries every token to the ranks of its experts.
 
         Args:
-            x: [num_tokens, hidden] FP32, BF16, or FP8 E4M3 with `scales`. `num_tokens` may differ between ranks, and be 0.
+            x: [num_tokens, hidden] FP32, BF16, or FP8 E4M3 with `scales`. `num_tokens` may differ between ranks and be 0.
             topk_idx: int64 [num_tokens, num_topk] expert ids, -1 = no expert in this slot, no expert twice in a row.
             topk_weights: FP32 [num_tokens, num_topk]; None = ones.
             scales: FP32 [num_tokens, hidden / 128] of FP8 rows.
             handle: repeat the routing of an earlier dispatch (no `topk_idx`); only rows and scales are returned.
             layout: "grouped" (expert-major) or "rows" (one row per token and rank).
             expert_alignment: grouped: pad each expert's rows to a multiple; None = that of the config.
-            fp8: cast rows to E4M3 on the way: "fp32" (1x128 scales amax / 448) or "pow2" (rounded up to a power of two).
+            fp8: cast rows to E4M3 on the way: "fp32" (1x128 scales amax / 448) or "pow2" (rounded up to powers of two).
 
         Returns:
             Dispatched, in the order of docs/design.md section 3.
@@ -206,8 +206,9 @@ class Runtime:
     def counters(self) -> dict[str, Any]:
         """What this rank has moved since construction.
 
-        Keys: ``payload_bytes`` (row and scale bytes posted to the transport), ``data_bytes`` (with records and gradients),
-        ``exchange_bytes``, ``commands``, ``signals``, and ``roles``: per role ``rows``, ``bytes_read``, ``bytes_written``.
+        Keys: ``payload_bytes`` (row and scale bytes posted to the transport), ``data_bytes`` (with records and
+        gradients), ``exchange_bytes``, ``commands``, ``signals``, and ``roles``: per role ``rows``, ``bytes_read`` and
+        ``bytes_written``.
         """
         counters: dict[str, Any] = self._engine.counters()
         roles = counters["roles"]

@@ -17,14 +17,15 @@ class PutLimit:
         comm: mpi4py communicator of the Runtime's ranks.
         runtime: for its topology and transport.
         lower_bound: [node] bytes from this rank.
+        message_bytes: size of a put.
+        window: puts in flight.
     """
 
-    def __init__(self, comm: Any, runtime: Runtime, lower_bound: list[int]) -> None:
+    def __init__(self, comm: Any, runtime: Runtime, lower_bound: list[int], message_bytes: int, window: int) -> None:
         topology, config, rank = runtime.topology, runtime.config, runtime.rank
         self._comm = comm
         self._timeout_s = config.timeout_s
-        window = config.ring_bytes // config.chunk_bytes
-        self._probe = _native.GoodputProbe(config.transport, rank, comm.size, config.chunk_bytes, window)
+        self._probe = _native.GoodputProbe(config.transport, rank, comm.size, message_bytes, window)
         addresses = comm.allgather(self._probe.address())
         for peer in topology.scale_out_peers(rank):
             self._probe.connect(peer, addresses[peer])

@@ -9,8 +9,6 @@
 namespace commlib {
 namespace {
 
-constexpr int kMaxTopk = 64;
-
 class Reduce : public Role {
  public:
   Reduce(const CombineContext& context, int source)

@@ -1,5 +1,6 @@
 #include "cpu/engine.hpp"
 
+#include <algorithm>
 #include <cstring>
 
 namespace commlib {
@@ -20,27 +21,52 @@ MemoryConfig memory_config(const EngineConfig& config, const Group& group) {
   return {exchange_row_bytes(group), config.ring_bytes};
 }
 
-// The largest slot any call can ask for: an FP32 row with weight gradients or a record.
-void check_chunk(const EngineConfig& config) {
+void check_counts(const EngineConfig& config) {
+  if (config.num_topk < 1 || config.num_topk > kMaxTopk)
+    throw ConfigException("num_topk=" + std::to_string(config.num_topk) + " is not in 1.." +
+                          std::to_string(kMaxTopk));
+  if (config.num_threads < 1)
+    throw ConfigException("num_threads=" + std::to_string(config.num_threads) + " is below 1");
+}
+
+// A ring holds two of the largest slots that a call can ask for: an FP32 row with scales and record.
+void check_ring(const EngineConfig& config) {
   const size_t slot =
       make_slot(config.hidden * 4, config.hidden / kScaleBlock * 4, record_bytes(config.num_topk))
           .slot_bytes;
-  if (config.chunk_bytes < slot)
-    throw ConfigException("chunk_bytes=" + std::to_string(config.chunk_bytes) +
-                          " holds no slot of " + std::to_string(slot) + " bytes (hidden=" +
-                          std::to_string(config.hidden) + ")");
-  if (config.ring_bytes < 2 * config.chunk_bytes)
+  const size_t chunk = std::max(config.chunk_bytes, slot);
+  if (config.ring_bytes < 2 * chunk)
     throw ConfigException("ring_bytes=" + std::to_string(config.ring_bytes) +
-                          " is less than two chunks of chunk_bytes=" +
-                          std::to_string(config.chunk_bytes));
+                          " is less than two chunks of " + std::to_string(chunk) +
+                          " bytes (chunk_bytes=" + std::to_string(config.chunk_bytes) +
+                          ", largest slot " + std::to_string(slot) + ")");
+}
+
+// Commands name 32 bits of bytes and 32 bits of units inside the registered regions of both ends.
+void check_addresses(const EngineConfig& config, const Group& group, const MemoryConfig& memory) {
+  std::vector<int> ends = group.scale_out_peers(group.rank());
+  if (ends.empty()) return;
+  ends.push_back(group.rank());
+  for (int rank : ends) {
+    const size_t bytes = RegisteredRegion(group, rank, memory).total_bytes;
+    if (bytes > kCommandUnit << 32)
+      throw ConfigException("ring_bytes=" + std::to_string(config.ring_bytes) + " gives rank " +
+                            std::to_string(rank) + " a registered region of " +
+                            std::to_string(bytes) + " bytes, more than " +
+                            std::to_string(kCommandUnit << 32));
+  }
+  if (config.chunk_bytes > 0xffffffffu)
+    throw ConfigException("chunk_bytes=" + std::to_string(config.chunk_bytes) + " is 4 GiB or more");
 }
 
 }  // namespace
 
 Engine::Engine(const EngineConfig& config) : config_(config) {
-  check_chunk(config);
+  check_counts(config);
+  check_ring(config);
   Group group(config.rank, config.node_of_rank, config.num_experts);
   const MemoryConfig memory = memory_config(config, group);
+  check_addresses(config, group, memory);
   const bool has_scale_out = group.num_nodes() > 1;
   mesh_ = std::make_unique<Mesh>(std::move(group), memory, config.arena_bytes,
                                  config.max_arena_bytes);

@@ -22,6 +22,8 @@ struct RecordHeader {
 
 static_assert(sizeof(RecordEntry) == 12 && sizeof(RecordHeader) == 16);
 
+constexpr int kMaxTopk = 64;  // bounds what roles keep on their stack
+
 COMMLIB_HD constexpr size_t record_bytes(int num_topk) {
   return sizeof(RecordHeader) + sizeof(RecordEntry) * static_cast<size_t>(num_topk);
 }

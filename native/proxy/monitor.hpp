@@ -16,6 +16,8 @@ class Monitor {
 
   // Call often; does its work at most once a period. Returns true if it did.
   bool tick(double now);
+  // Takes over a fault that a peer has told of.
+  void collect_faults();
   // Tells the peers that silence from now on is not a failure.
   void say_closed();
   // A peer that said so.
@@ -33,7 +35,6 @@ class Monitor {
   uint64_t read_beat(const Peer& peer) const;
   void beat(uint64_t value);
   void check_beats(double now);
-  void collect_faults();
   void spread_fault();
 
   Mesh& mesh_;

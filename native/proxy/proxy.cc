@@ -159,6 +159,9 @@ void Proxy::on_put_complete(uint64_t token) {
 
 void Proxy::check_transport() {
   while (const auto fault = transport_->take_fault()) {
+    // A peer that leaves because of a fault tells of it before its connection breaks: the fault is
+    // the cause, and the news of it lies here already.
+    monitor_->collect_faults();
     if (board_.raised() || (fault->peer >= 0 && monitor_->is_closed(fault->peer))) continue;
     FaultRecord record;
     record.kind = fault->peer >= 0 ? FaultKind::kPeerLost : FaultKind::kTransport;

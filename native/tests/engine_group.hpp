@@ -1,6 +1,7 @@
 // Ranks as threads of one process over the loopback provider.
 #pragma once
 
+#include <algorithm>
 #include <functional>
 #include <memory>
 #include <random>
@@ -13,9 +14,9 @@ namespace commlib::testing {
 
 struct Tokens {  // one rank's input
   int64_t num_tokens = 0;
-  std::vector<float> x;            // [num_tokens, hidden]
-  std::vector<int64_t> topk_idx;   // [num_tokens, num_topk]
-  std::vector<float> weights;      // [num_tokens, num_topk]
+  std::vector<float> x;           // [num_tokens, hidden]
+  std::vector<int64_t> topk_idx;  // [num_tokens, num_topk]
+  std::vector<float> weights;     // [num_tokens, num_topk]
 };
 
 // Value that names its (rank, token, column) exactly in FP32.
@@ -65,8 +66,7 @@ using Ops = std::vector<std::shared_ptr<Op>>;  // [rank]
 class EngineGroup {
  public:
   // `adapt` changes what may differ between ranks.
-  explicit EngineGroup(EngineConfig config,
-                       const std::function<void(EngineConfig&)>& adapt = {}) {
+  explicit EngineGroup(EngineConfig config, const std::function<void(EngineConfig&)>& adapt = {}) {
     const int ranks = int(config.node_of_rank.size());
     config.transport = "loopback";
     for (int rank = 0; rank < ranks; ++rank) {

@@ -47,7 +47,8 @@ struct Row {
 };
 
 // Rows of `rank` in the grouped layout: expert ascending, (source, token) ascending.
-std::vector<std::vector<Row>> expected_rows(const Case& c, const std::vector<Tokens>& all, int rank) {
+std::vector<std::vector<Row>> expected_rows(const Case& c, const std::vector<Tokens>& all,
+                                            int rank) {
   const int per_rank = c.num_experts / int(c.node_of_rank.size());
   std::vector<std::vector<Row>> rows(static_cast<size_t>(per_rank));
   for (int i = 0; i < per_rank; ++i)
@@ -86,8 +87,7 @@ void check_grouped(const Case& c, const std::vector<Tokens>& all, int rank, cons
 void check_combined(const Case& c, const Tokens& own, int rank, const std::vector<float>& out) {
   for (int64_t t = 0; t < own.num_tokens; ++t) {
     int slots = 0;
-    for (int k = 0; k < c.num_topk; ++k)
-      slots += own.topk_idx[size_t(t * c.num_topk + k)] >= 0;
+    for (int k = 0; k < c.num_topk; ++k) slots += own.topk_idx[size_t(t * c.num_topk + k)] >= 0;
     bool is_same = true;
     for (size_t i = 0; i < c.hidden; ++i)
       is_same &= out[size_t(t) * c.hidden + i] == identity(rank, t, i) * 2 * float(slots);

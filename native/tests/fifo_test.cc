@@ -1,5 +1,7 @@
 // Command encoding and the command FIFO, alone and between two threads.
 #define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
+#include "channel/fifo.hpp"
+
 #include <doctest/doctest.h>
 #include <sched.h>
 
@@ -7,8 +9,6 @@
 #include <random>
 #include <thread>
 #include <vector>
-
-#include "channel/fifo.hpp"
 
 using namespace commlib;
 
@@ -28,8 +28,8 @@ class RandomFields {
  public:
   explicit RandomFields(unsigned seed) : random_(seed) {}
   CommandFields next() {
-    return {static_cast<CommandKind>(pick(7)), uint32_t(pick(kMaxChannels - 1)),
-            uint32_t(pick(kMaxCommandCount)),  uint32_t(pick(0xffffffffull)),
+    return {static_cast<CommandKind>(pick(7)),  uint32_t(pick(kMaxChannels - 1)),
+            uint32_t(pick(kMaxCommandCount)),   uint32_t(pick(0xffffffffull)),
             pick(0xffffffffull) * kCommandUnit, pick(0xffffffffull) * kCommandUnit};
   }
 
@@ -37,9 +37,12 @@ class RandomFields {
   // 0..top, often one of the ends.
   uint64_t pick(uint64_t top) {
     switch (random_() % 4) {
-      case 0: return 0;
-      case 1: return top;
-      default: return std::uniform_int_distribution<uint64_t>(0, top)(random_);
+      case 0:
+        return 0;
+      case 1:
+        return top;
+      default:
+        return std::uniform_int_distribution<uint64_t>(0, top)(random_);
     }
   }
   std::mt19937_64 random_;

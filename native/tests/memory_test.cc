@@ -1,4 +1,4 @@
-// Heap, arena, slabs and the region tables.
+// Heap, arena and slabs.
 #define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <dirent.h>
 #include <doctest/doctest.h>
@@ -14,8 +14,8 @@
 #include <random>
 #include <vector>
 
-#include "channel/command.hpp"
-#include "memory/mesh.hpp"
+#include "common/error.hpp"
+#include "memory/arena.hpp"
 
 using namespace commlib;
 
@@ -47,9 +47,7 @@ class HeapModel {
     while (run < is_free_.size() && is_free_[is_free_.size() - 1 - run]) ++run;
     return run * 64;
   }
-  size_t used() const {
-    return size_t(std::count(is_free_.begin(), is_free_.end(), false)) * 64;
-  }
+  size_t used() const { return size_t(std::count(is_free_.begin(), is_free_.end(), false)) * 64; }
   size_t bytes() const { return is_free_.size() * 64; }
 
  private:
@@ -121,83 +119,6 @@ std::vector<std::string> left_in_shm(pid_t pid = getpid()) {
       names.emplace_back(entry->d_name);
   closedir(directory);
   return names;
-}
-
-struct Range {
-  size_t begin;
-  size_t bytes;
-  std::string name;
-};
-
-void check_disjoint(std::vector<Range> ranges, size_t total_bytes, size_t alignment) {
-  std::sort(ranges.begin(), ranges.end(),
-            [](const Range& a, const Range& b) { return a.begin < b.begin; });
-  for (size_t i = 0; i < ranges.size(); ++i) {
-    CHECK(ranges[i].begin % alignment == 0);
-    const size_t end = i + 1 < ranges.size() ? ranges[i + 1].begin : total_bytes;
-    CHECK_MESSAGE(ranges[i].begin + ranges[i].bytes <= end,
-                  ranges[i].name << " runs into "
-                                 << (i + 1 < ranges.size() ? ranges[i + 1].name : "the end"));
-  }
-}
-
-std::vector<int> random_nodes(std::mt19937& random) {
-  const int ranks = int(random() % 9) + 1;
-  std::vector<int> nodes;
-  int num_nodes = 0;
-  for (int r = 0; r < ranks; ++r) {
-    const int node = int(random() % unsigned(num_nodes + 1));
-    num_nodes = std::max(num_nodes, node + 1);
-    nodes.push_back(node);
-  }
-  return nodes;
-}
-
-std::vector<Range> control_ranges(const Group& group, const ControlRegion& c, size_t row_bytes) {
-  std::vector<Range> ranges = {{c.heartbeat, 8, "heartbeat"}};
-  for (int r = 0; r < group.num_ranks(); ++r) {
-    ranges.push_back({c.fault_count_of(r), kLine, "fault_count"});
-    ranges.push_back({c.fault_record_of(r), sizeof(FaultRecord), "fault_record"});
-    ranges.push_back({c.exchange_epoch_of(r), kLine, "exchange_epoch"});
-    for (uint64_t epoch : {4, 5})
-      ranges.push_back({c.exchange_row_of(epoch, r), row_bytes, "exchange_row"});
-    ranges.push_back({c.dispatch_arrived_of(r), kLine, "dispatch_arrived"});
-    for (int local = 0; local < group.max_local_ranks(); ++local)
-      ranges.push_back({c.combine_arrived_of(r, local), kLine, "combine_arrived"});
-  }
-  return ranges;
-}
-
-std::vector<Range> registered_ranges(const Group& group, int rank, const RegisteredRegion& g,
-                                     const MemoryConfig& config) {
-  const auto line = [](size_t base, int i) { return RegisteredRegion::line(base, i); };
-  std::vector<Range> ranges = {{g.heartbeat_out, 8, "heartbeat_out"},
-                               {g.fault_record_out, sizeof(FaultRecord), "fault_record_out"}};
-  for (uint64_t epoch : {4, 5})
-    ranges.push_back({g.exchange_row_out_of(epoch), config.exchange_row_bytes, "row_out"});
-  for (int r = 0; r < group.num_ranks(); ++r) {
-    ranges.push_back({line(g.heartbeat_in, r), kLine, "heartbeat_in"});
-    ranges.push_back({line(g.fault_count_in, r), kLine, "fault_count_in"});
-    ranges.push_back({g.fault_record_in_of(r), sizeof(FaultRecord), "fault_record_in"});
-    ranges.push_back({line(g.exchange_count_in, r), kLine, "exchange_count_in"});
-    ranges.push_back({line(g.dispatch_count_in, r), kLine, "dispatch_count_in"});
-    ranges.push_back({line(g.combine_credit_in, r), kLine, "combine_credit_in"});
-    for (uint64_t epoch : {4, 5})
-      ranges.push_back({g.exchange_row_in_of(epoch, r), config.exchange_row_bytes, "row_in"});
-  }
-  for (int n = 0; n < group.num_nodes(); ++n) {
-    ranges.push_back({line(g.dispatch_credit_in, n), kLine, "dispatch_credit_in"});
-    ranges.push_back({line(g.combine_count_in, n), kLine, "combine_count_in"});
-  }
-  for (int source : group.in_sources(rank)) {
-    ranges.push_back({g.dispatch_recv_ring_of(source), config.ring_bytes, "dispatch_recv_ring"});
-    ranges.push_back({g.combine_send_ring_of(source), config.ring_bytes, "combine_send_ring"});
-  }
-  for (int node : group.remote_nodes(rank)) {
-    ranges.push_back({g.dispatch_send_ring_of(node), config.ring_bytes, "dispatch_send_ring"});
-    ranges.push_back({g.combine_recv_ring_of(node), config.ring_bytes, "combine_recv_ring"});
-  }
-  return ranges;
 }
 
 }  // namespace
@@ -302,7 +223,7 @@ TEST_CASE("slabs keep their arena") {
 TEST_CASE("arena: private, nameless, zeroed") {
   Arena arena(kPage, 3 * kPage, 64 * kPage);
   CHECK(left_in_shm().empty());
-  struct stat status {};
+  struct stat status{};
   REQUIRE(fstat(int(arena.address().fd), &status) == 0);
   CHECK((status.st_mode & 0777) == 0600);
   CHECK(status.st_nlink == 0);
@@ -386,8 +307,9 @@ TEST_CASE("arena: no shared memory left is a capacity error, and nothing is lost
     }
     if (arena.committed_bytes() != 2 * kPage) return 14;
     if (arena.heap().largest_free() != kPage) return 15;
-    struct stat status {};
-    if (fstat(int(arena.address().fd), &status) != 0 || status.st_size != 2 * long(kPage)) return 16;
+    struct stat status{};
+    if (fstat(int(arena.address().fd), &status) != 0 || status.st_size != 2 * long(kPage))
+      return 16;
     arena.grow_for(3 * kPage);  // a smaller one still fits
     arena.base()[4 * kPage - 1] = 1;
     try {
@@ -429,52 +351,4 @@ TEST_CASE("arena: ranks that are threads share one mapping, also after the owner
   arena.reset();
   CHECK(view.base()[7] == 3);
   view.base()[kPage] = 1;  // what a peer writes late lands in memory that nobody reads
-}
-
-TEST_CASE("regions never overlap") {
-  std::mt19937 random(17);
-  for (int round = 0; round < 40; ++round) {
-    const std::vector<int> nodes = random_nodes(random);
-    const int ranks = int(nodes.size());
-    const MemoryConfig config{(random() % 20 + 1) * kLine, (random() % 50 + 1) * 1000};
-    for (int rank = 0; rank < ranks; ++rank) {
-      const Group group(rank, nodes, ranks);
-      const ControlRegion control(group, config);
-      check_disjoint(control_ranges(group, control, config.exchange_row_bytes),
-                     control.total_bytes, 8);
-      const RegisteredRegion own(group, rank, config);
-      check_disjoint(registered_ranges(group, rank, own, config), own.total_bytes, 8);
-      CHECK(own.total_bytes % kPage == 0);
-      CHECK(control.total_bytes % kPage == 0);
-      // Puts are addressed in units.
-      for (int source : group.in_sources(rank)) {
-        CHECK(own.dispatch_recv_ring_of(source) % kCommandUnit == 0);
-        CHECK(own.combine_send_ring_of(source) % kCommandUnit == 0);
-      }
-      // A peer that works out our offsets finds the same ones.
-      const Group other((rank + 1) % ranks, nodes, ranks);
-      const RegisteredRegion seen(other, rank, config);
-      CHECK(seen.total_bytes == own.total_bytes);
-      for (int source : group.in_sources(rank))
-        CHECK(seen.dispatch_recv_ring_of(source) == own.dispatch_recv_ring_of(source));
-      for (int node : group.remote_nodes(rank))
-        CHECK(seen.combine_recv_ring_of(node) == own.combine_recv_ring_of(node));
-    }
-  }
-}
-
-TEST_CASE("the registered region is four rings per partner and some lines") {
-  for (const std::vector<int>& nodes :
-       std::vector<std::vector<int>>{{0, 0, 1, 1}, {0, 1, 2, 3}, {0, 0, 0, 1}, {0, 0}}) {
-    const int ranks = int(nodes.size());
-    for (int rank = 0; rank < ranks; ++rank) {
-      const Group group(rank, nodes, ranks);
-      const size_t rings =
-          2 * group.in_sources(rank).size() + 2 * group.remote_nodes(rank).size();
-      const size_t small = RegisteredRegion(group, rank, {256, 1 << 20}).total_bytes;
-      const size_t large = RegisteredRegion(group, rank, {256, 4 << 20}).total_bytes;
-      CHECK(large - small == rings * (3 << 20));
-      CHECK(small - rings * (1 << 20) < 16 * kPage);
-    }
-  }
 }

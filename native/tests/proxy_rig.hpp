@@ -3,35 +3,24 @@
 
 #include <sched.h>
 
-#include <functional>
 #include <memory>
 #include <vector>
 
-#include "common/backoff.hpp"
 #include "cpu/ring_ends.hpp"
 #include "memory/mesh.hpp"
 #include "proxy/proxy.hpp"
 #include "tests/fake_transport.hpp"
+#include "tests/wait_until.hpp"
 #include "transport/providers.hpp"
 
 namespace commlib::testing {
-
-// False if `is_true` has not come true after `seconds`. A failure here is a failed test, so the
-// limit may be generous.
-inline bool wait_until(const std::function<bool()>& is_true, double seconds = 30) {
-  const double deadline = now_s() + seconds;
-  while (!is_true()) {
-    if (now_s() > deadline) return false;
-    std::this_thread::sleep_for(std::chrono::microseconds(200));
-  }
-  return true;
-}
 
 // Memory, fault board and proxy of one rank; what an Engine has without its executor.
 class ProxyEnd {
  public:
   ProxyEnd(int rank, std::vector<int> node_of_rank, size_t ring_bytes, int num_fifos = 1)
-      : mesh_(group_of(rank, std::move(node_of_rank)), MemoryConfig{256, ring_bytes}, 4096, 1 << 20),
+      : mesh_(group_of(rank, std::move(node_of_rank)), MemoryConfig{256, ring_bytes}, 4096,
+              1 << 20),
         proxy_(mesh_, board_, num_fifos),
         fifo_{proxy_.fifo(0)},
         totals_(mesh_.group()) {}

@@ -29,7 +29,8 @@ std::vector<Planned> push_random(ProxyEnd& end, int count, unsigned seed) {
   for (int i = 0; i < count; ++i) {
     const uint32_t channel = uint32_t(random() % specs.size());
     const bool is_put = random() % 3 != 0;
-    const CommandFields fields = {is_put ? CommandKind::kPut : CommandKind::kSignal, channel,
+    const CommandFields fields = {is_put ? CommandKind::kPut : CommandKind::kSignal,
+                                  channel,
                                   uint32_t(random() % 5 + 1),
                                   is_put ? uint32_t(random() % 100 * 16) : 0,
                                   is_put ? random() % 100 * 16 : 0,
@@ -136,9 +137,8 @@ TEST_CASE("completed() is the prefix of puts that completed, in whatever order t
   FakeTransport& fake = end.use_fake();
   end.proxy().start();
   end.proxy().set_busy(true);
-  const uint32_t channels[2] = {
-      end.proxy().channels().to_node(ChannelPurpose::kDispatchData, 1),
-      end.proxy().channels().to_node(ChannelPurpose::kDispatchData, 2)};
+  const uint32_t channels[2] = {end.proxy().channels().to_node(ChannelPurpose::kDispatchData, 1),
+                                end.proxy().channels().to_node(ChannelPurpose::kDispatchData, 2)};
   constexpr size_t kPuts = 60;
   for (size_t i = 0; i < 2 * kPuts; ++i)
     REQUIRE(end.fifo().push(encode({CommandKind::kPut, channels[i % 2], 1, 16, 0, 0})));
@@ -287,8 +287,8 @@ TEST_CASE("a fault is told to every peer but the failed one, once") {
       reinterpret_cast<uint64_t*>(neighbour.base() + end.mesh().control().fault_count_of(1));
   CHECK(load_acquire(told) == 1);
   FaultRecord copy;
-  std::memcpy(static_cast<void*>(&copy),
-              neighbour.base() + end.mesh().control().fault_record_of(1), sizeof copy);
+  std::memcpy(static_cast<void*>(&copy), neighbour.base() + end.mesh().control().fault_record_of(1),
+              sizeof copy);
   CHECK(copy.peer == 3);
   CHECK(copy.rank == 1);
 }
@@ -339,8 +339,7 @@ TEST_CASE("a clean stop posts what is queued and says good-bye") {
   const Event last = fake.events().back();
   CHECK(last.kind == Event::kSignal);
   CHECK(last.value == kClosed);
-  CHECK(last.remote_offset ==
-        RegisteredRegion::line(end.mesh().registered_of(1).heartbeat_in, 0));
+  CHECK(last.remote_offset == RegisteredRegion::line(end.mesh().registered_of(1).heartbeat_in, 0));
   CHECK(load_acquire(end.mesh().arena_word(0, end.mesh().control().heartbeat)) == kClosed);
 }
 

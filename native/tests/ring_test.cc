@@ -19,7 +19,7 @@ struct TestFifo {
   FifoMemory memory() { return {slots.data(), &tail, slots.size()}; }
   std::vector<CommandFields> pop_all() {
     std::vector<CommandFields> list;
-    for (Command command; consumer.pop(&command);) list.push_back(decode(command));
+    for (Command command{}; consumer.pop(&command);) list.push_back(decode(command));
     return list;
   }
 
@@ -70,11 +70,15 @@ TEST_CASE("geometry: random rings") {
     if (num_slots > 0) CHECK((chunks - 1) * ring.slots_per_chunk < num_slots);
     if (num_slots >= 4) CHECK(chunks >= 4);
   }
+  // Slots larger than a chunk: chunks of one slot.
+  const RingGeometry ring = make_ring(1000, 64, 256, 50);
+  CHECK(ring.slots_per_chunk == 1);
+  CHECK(ring.num_chunks == 3);
 }
 
 TEST_CASE("geometry: slots that are alive at the same time never overlap") {
-  for (const RingGeometry& ring : {make_ring(1000, 200, 48, 1000), make_ring(4096, 64, 64, 100),
-                                   make_ring(640, 160, 80, 7)}) {
+  for (const RingGeometry& ring :
+       {make_ring(1000, 200, 48, 1000), make_ring(4096, 64, 64, 100), make_ring(640, 160, 80, 7)}) {
     const uint64_t alive = ring.num_chunks * ring.slots_per_chunk;
     for (uint64_t first = 0; first < 3 * alive; first += ring.slots_per_chunk) {
       std::vector<bool> used(ring.num_chunks * ring.chunk_bytes());

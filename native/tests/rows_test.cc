@@ -1,5 +1,7 @@
 // Arithmetic on rows: both builds of the kernels against each other and against plain loops.
 #define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
+#include "cpu/rows.hpp"
+
 #include <doctest/doctest.h>
 
 #include <bit>
@@ -9,9 +11,10 @@
 #include <random>
 #include <vector>
 
-#include "cpu/rows.hpp"
+#include "tests/bf16.hpp"
 
 using namespace commlib;
+using namespace commlib::testing;
 
 namespace {
 
@@ -21,8 +24,8 @@ constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 constexpr float kTiny = std::numeric_limits<float>::denorm_min();
 constexpr float kSmall = std::numeric_limits<float>::min();
 constexpr float kHuge = std::numeric_limits<float>::max();
-const std::vector<float> kSpecial = {0.0f,  -0.0f, 1.0f,   -1.0f,   kTiny, -kTiny, kSmall - kTiny,
-                                     kHuge, -kHuge, kInf,  -kInf,   kNan,  -kNan,  kSmall,
+const std::vector<float> kSpecial = {0.0f,  -0.0f,  1.0f,    -1.0f,  kTiny, -kTiny, kSmall - kTiny,
+                                     kHuge, -kHuge, kInf,    -kInf,  kNan,  -kNan,  kSmall,
                                      1e-4f, 448.0f, -448.0f, 1e-30f, 1e30f};
 
 uint32_t bits(float value) { return std::bit_cast<uint32_t>(value); }
@@ -41,23 +44,6 @@ class Numbers {
   std::mt19937 random_;
 };
 
-// Nearest BF16 by comparing distances in FP64, ties to the even one. Finite values only.
-uint16_t to_bf16(float value) {
-  const uint16_t down = uint16_t(bits(value) >> 16);
-  if ((bits(value) & 0xffff) == 0) return down;
-  const auto real = [](uint32_t half) {  // one step past the largest is 2^128 here
-    const int exponent = int(half >> 7 & 0xff);
-    const double mantissa = double(half & 0x7f) / 128;
-    return exponent == 0 ? std::ldexp(mantissa, -126) : std::ldexp(1 + mantissa, exponent - 127);
-  };
-  const double magnitude = std::fabs(double(value));
-  const double below = magnitude - real(down & 0x7fffu);
-  const double above = real((down & 0x7fffu) + 1u) - magnitude;
-  if (below == above) return down % 2 == 0 ? down : uint16_t(down + 1);
-  return below < above ? down : uint16_t(down + 1);
-}
-float from_bf16(uint16_t value) { return std::bit_cast<float>(uint32_t(value) << 16); }
-
 struct Problem {
   Dtype dtype;
   size_t num_elements;
@@ -72,7 +58,8 @@ Problem make_problem(Numbers& numbers, Dtype dtype, size_t num_elements, bool ha
   Problem p{dtype, num_elements, {}, {}, {}, {}};
   const unsigned num_groups = 1 + numbers.below(4);
   int end = 0;
-  for (unsigned g = 0; g < num_groups; ++g) p.group_ends.push_back(end += 1 + int(numbers.below(4)));
+  for (unsigned g = 0; g < num_groups; ++g)
+    p.group_ends.push_back(end += 1 + int(numbers.below(4)));
   const auto pick = [&] {
     return numbers.below(1000) < special_share * 1000 ? numbers.special() : numbers.normal();
   };
@@ -233,7 +220,8 @@ TEST_CASE("reduce: the order matters for these numbers") {
   std::swap(p.rows.front(), p.rows.back());
   std::swap(p.weights.front(), p.weights.back());
   const int last = p.group_ends.back();
-  p.group_ends = p.group_ends.size() == 1 ? std::vector<int>{last / 2, last} : std::vector<int>{last};
+  p.group_ends =
+      p.group_ends.size() == 1 ? std::vector<int>{last / 2, last} : std::vector<int>{last};
   CHECK(run(kRowKernelsGeneric, p) != forwards);  // grouping too
 }
 
@@ -373,8 +361,7 @@ TEST_CASE("cast: both builds give the same codes and scales for any bits") {
   Numbers numbers(7);
   for (int round = 0; round < 200; ++round) {
     std::vector<float> row(kScaleBlock);
-    for (float& value : row)
-      value = round % 2 == 0 ? numbers.special() : numbers.any_bits();
+    for (float& value : row) value = round % 2 == 0 ? numbers.special() : numbers.any_bits();
     if (round % 4 == 1)
       for (float& value : row) value = value == value ? value : 1.0f;
     for (Cast mode : {Cast::kE4m3, Cast::kE4m3Pow2}) {

@@ -1,0 +1,38 @@
+// What the wire and the SMs give: a plain bulk push of rows to all other ranks, with nothing else.
+#include "cuda/bulk.cuh"
+
+namespace commlib::cuda {
+
+struct PushLimitCall {
+  const uint8_t* rows;
+  uint64_t landing[kMaxRanks];  // of this rank at each peer
+  uint32_t num_peers;
+  uint32_t num_rows;       // to each peer
+  uint32_t row_bytes;
+  uint32_t piece_bytes;
+};
+
+extern "C" __global__ void __launch_bounds__(512, 1) push_limit(const __grid_constant__ PushLimitCall call) {
+  extern __shared__ __align__(128) uint8_t memory[];
+  const uint32_t warps = blockDim.x / 32, warp = uint32_t(warp_id());
+  RowPipe pipe;
+  pipe.piece_bytes = call.piece_bytes;
+  pipe.stages = memory + warp * kStages * call.piece_bytes;
+  uint8_t* next = memory + warps * kStages * call.piece_bytes;
+  pipe.targets = reinterpret_cast<uint64_t*>(next) + warp * kStages * 32;
+  next += warps * kStages * 32 * 8;
+  pipe.ready = reinterpret_cast<uint64_t*>(next) + warp * kStages;
+  next += warps * kStages * 8;
+  pipe.lengths = reinterpret_cast<uint32_t*>(next) + warp * 4;
+  pipe.init();
+  for (uint32_t i = blockIdx.x + gridDim.x * warp; i < call.num_rows * call.num_peers; i += gridDim.x * warps) {
+    const uint32_t peer = i % call.num_peers, row = i / call.num_peers;
+    const uint64_t target = call.landing[peer] + uint64_t(row) * call.row_bytes;
+    for (uint32_t begin = 0; begin < call.row_bytes; begin += call.piece_bytes)
+      pipe.put(call.rows + uint64_t(row) * call.row_bytes + begin,
+               min(call.piece_bytes, call.row_bytes - begin), lane_id() == 0 ? target + begin : 0);
+  }
+  pipe.drain();
+}
+
+}  // namespace commlib::cuda

@@ -117,9 +117,7 @@ class _Dispatch(torch.autograd.Function):
         holder: list[Dispatched],
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         runtime, layout, expert_alignment, fp8 = call
-        result = runtime.dispatch(
-            x, topk_idx, topk_weights, layout=layout, expert_alignment=expert_alignment, fp8=fp8
-        )
+        result = runtime.dispatch(x, topk_idx, topk_weights, layout=layout, expert_alignment=expert_alignment, fp8=fp8)
         holder.append(result)
         ctx.runtime, ctx.handle, ctx.has_weights = runtime, result.handle, topk_weights is not None
         is_grouped = result.handle.layout is Layout.GROUPED

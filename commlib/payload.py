@@ -85,9 +85,7 @@ def framework_of(array: Any, name: str) -> Framework:
     raise ConfigError(f"{name} is a {type(array).__name__}, not a torch tensor or numpy array")
 
 
-def _check(
-    rows: Rows, name: str, dtypes: tuple[str, ...], shape: tuple[int | None, ...], meaning: str
-) -> None:
+def _check(rows: Rows, name: str, dtypes: tuple[str, ...], shape: tuple[int | None, ...], meaning: str) -> None:
     if rows.dtype not in dtypes:
         raise ConfigError(f"{name} has dtype {rows.dtype}, not {' or '.join(dtypes)}")
     if len(rows.shape) != len(shape) or any(

@@ -129,7 +129,5 @@ def resources(log: str) -> list[Resources]:
         elif match := _SPILLS.search(line):
             stack, spills = int(match[1]), int(match[2]) + int(match[3])
         elif match := _USED.search(line):
-            found.append(
-                Resources(kernel=kernel, registers=int(match[1]), stack_bytes=stack, spill_bytes=spills)
-            )
+            found.append(Resources(kernel=kernel, registers=int(match[1]), stack_bytes=stack, spill_bytes=spills))
     return found

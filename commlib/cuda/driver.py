@@ -63,4 +63,3 @@ def load_kernels(cubin: bytes, names: dict[str, int]) -> dict[str, Kernel]:
     module = ctypes.c_void_p()
     _check("cuModuleLoadData", _library().cuModuleLoadData(ctypes.byref(module), cubin))
     return {name: Kernel(module, name, shared_bytes) for name, shared_bytes in names.items()}
-

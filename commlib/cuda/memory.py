@@ -188,7 +188,9 @@ class Arena:
                 self.base[rank] = self._runtime.ipcOpenMemHandle(handle, _LAZY_PEER_ACCESS)
             except self._runtime.CUDARuntimeError as error:
                 raise TransportError(
-                    f"the memory of rank {rank} cannot be mapped: {error}", call="cudaIpcOpenMemHandle", code=error.status
+                    f"the memory of rank {rank} cannot be mapped: {error}",
+                    call="cudaIpcOpenMemHandle",
+                    code=error.status,
                 ) from error
         return b""
 

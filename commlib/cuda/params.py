@@ -11,8 +11,8 @@ from ctypes import c_int32, c_int64, c_uint32, c_uint64, sizeof
 __all__ = [
     "MAX_RANKS",
     "MAX_TOPK",
-    "WORKSPACE_BYTES",
     "TEXT_BYTES",
+    "WORKSPACE_BYTES",
     "CallWords",
     "CombineCall",
     "DispatchCall",

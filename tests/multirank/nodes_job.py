@@ -51,15 +51,18 @@ def lower_bound_rows(topology: commlib.Topology, topk_idx: torch.Tensor, source:
     """Copies that tokens of `source` need over the network: one per token and remote node."""
     nodes = torch.tensor(topology.node_of_expert(NUM_EXPERTS))[topk_idx]
     return sum(
-        int((nodes == node).any(dim=1).sum())
-        for node in range(topology.num_nodes)
-        if node != topology.node(source)
+        int((nodes == node).any(dim=1).sum()) for node in range(topology.num_nodes) if node != topology.node(source)
     )
 
 
 def main(num_tokens: int, max_nodes: int | None) -> None:
     config = commlib.RuntimeConfig(
-        hidden=HIDDEN, num_experts=NUM_EXPERTS, num_topk=NUM_TOPK, max_tokens=num_tokens, expert_alignment=1, timeout_s=60
+        hidden=HIDDEN,
+        num_experts=NUM_EXPERTS,
+        num_topk=NUM_TOPK,
+        max_tokens=num_tokens,
+        expert_alignment=1,
+        timeout_s=60,
     )
     with commlib.Runtime(None, config) as rt:
         topology, rank = rt.topology, rt.rank

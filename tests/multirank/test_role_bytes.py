@@ -1,6 +1,6 @@
 """Every role touches as many bytes as protocol steps P2 to P4 name, and not one more (docs/design.md section 3).
 
-`push` reads a row once; a further copy, a staging buffer or a second read would show as another number here. numpy only.
+`push` reads a row once; a further copy, a staging buffer or a second read would show as another number here.
 """
 
 from __future__ import annotations
@@ -66,7 +66,12 @@ def expected_rows(topology: commlib.Topology, me: int) -> dict[str, tuple[int, i
 
 def count_rank() -> None:
     config = commlib.RuntimeConfig(
-        hidden=HIDDEN, num_experts=NUM_EXPERTS, num_topk=NUM_TOPK, max_tokens=NUM_TOKENS, expert_alignment=1, timeout_s=30
+        hidden=HIDDEN,
+        num_experts=NUM_EXPERTS,
+        num_topk=NUM_TOPK,
+        max_tokens=NUM_TOKENS,
+        expert_alignment=1,
+        timeout_s=30,
     )
     with commlib.Runtime(None, config) as rt:
         x = np.ones((NUM_TOKENS, HIDDEN), dtype=np.float32)
@@ -75,7 +80,8 @@ def count_rank() -> None:
         counted = rt.counters()["roles"]
         for name, (read, written) in expected_rows(rt.topology, rt.rank).items():
             have = counted.get(name, {"bytes_read": 0, "bytes_written": 0})
-            assert (have["bytes_read"], have["bytes_written"]) == (read * ROW, written * ROW), (name, have, read, written)
+            want = (read * ROW, written * ROW)
+            assert (have["bytes_read"], have["bytes_written"]) == want, (name, have, want)
 
 
 @pytest.mark.parametrize("ranks_per_node", [4, 2])

@@ -83,9 +83,7 @@ def several_rank(rendezvous: int) -> None:
     from commlib.topology import Topology
 
     rank = int(os.environ["COMMLIB_RANK"])
-    group = RendezvousBootstrap(
-        endpoint=f"tcp://127.0.0.1:{rendezvous}", token="test", rank=rank, size=4, timeout_s=60
-    )
+    group = RendezvousBootstrap(endpoint=f"tcp://127.0.0.1:{rendezvous}", token="test", rank=rank, size=4, timeout_s=60)
     one_node, two_nodes = Topology((0, 0, 0, 0)), Topology((0, 0, 1, 1))
     first = Runtime(group, config(4), topology=two_nodes)
     second = Runtime(group, config(4), topology=one_node)

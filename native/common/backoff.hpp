@@ -31,7 +31,7 @@ class Backoff {
 
  private:
   static constexpr int kSpins = 32;
-  static constexpr int kYields = 256;
+  static constexpr int kYields = 40;
   int idle_ = 0;
   int max_sleep_us_;
 };

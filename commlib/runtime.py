@@ -95,7 +95,7 @@ class Runtime:
         """Carries every token to the ranks of its experts.
 
         Args:
-            x: [num_tokens, hidden] FP32, BF16, or FP8 E4M3 with `scales`. `num_tokens` may differ between ranks, or be 0
+            x: [num_tokens, hidden] FP32, BF16, or E4M3 with `scales`; `num_tokens` may differ between ranks and be 0.
             topk_idx: int64 [num_tokens, num_topk] expert ids, -1 = no expert in this slot, no expert twice in a row.
             topk_weights: FP32 [num_tokens, num_topk]; None = ones.
             scales: FP32 [num_tokens, hidden / 128] of FP8 rows.

@@ -9,7 +9,7 @@ import platform
 import resource
 from typing import Any
 
-from commlib import __version__, _native
+from commlib import _native
 from commlib.env import read_env
 from commlib.layout import format_bytes
 from commlib.topology import node_key
@@ -34,7 +34,7 @@ def _limit(value: int) -> str:
 def run(arguments: argparse.Namespace) -> int:
     shm = os.statvfs("/dev/shm")
     memlock = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
-    print(f"commlib {__version__}, Python {platform.python_version()}, {platform.machine()}")
+    print(f"commlib {_version('commlib')}, Python {platform.python_version()}, {platform.machine()}")
     print(f"row kernels: {_native.row_kernels()}")
     print(f"transport: {_native.transport_version()}")
     for package in ("torch", "mpi4py", "pyzmq", "numpy", "cupy-cuda13x"):

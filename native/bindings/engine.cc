@@ -50,9 +50,9 @@ std::shared_ptr<Op> combine(Engine& engine, std::shared_ptr<HandleData> handle, 
   auto op = std::make_shared<Op>();
   op->kind = OpKind::kCombine;
   op->handle = std::move(handle);
-  op->combine = {pointer<void>(y),    pointer<float>(row_weights),
-                 has_weight_grads,    pointer<float>(weight_grads),
-                 pointer<void>(out),  pointer<float>(out_weight_grads),
+  op->combine = {pointer<void>(y),   pointer<float>(row_weights),
+                 has_weight_grads,   pointer<float>(weight_grads),
+                 pointer<void>(out), pointer<float>(out_weight_grads),
                  Dtype(dtype)};
   return submit(engine, op);
 }
@@ -139,8 +139,8 @@ void register_engine(nb::module_& module) {
       .def(nb::init<const EngineConfig&>(), nb::call_guard<nb::gil_scoped_release>())
       .def("address", &address)
       .def("connect", &connect, "addresses"_a)
-      .def("dispatch", &dispatch, "x"_a, "scales"_a, "topk_idx"_a, "topk_weights"_a,
-           "num_tokens"_a, "dtype"_a, "cast"_a, "layout"_a, "alignment"_a, "handle"_a.none())
+      .def("dispatch", &dispatch, "x"_a, "scales"_a, "topk_idx"_a, "topk_weights"_a, "num_tokens"_a,
+           "dtype"_a, "cast"_a, "layout"_a, "alignment"_a, "handle"_a.none())
       .def("combine", &combine, "handle"_a, "y"_a, "row_weights"_a, "has_weight_grads"_a,
            "weight_grads"_a, "out"_a, "out_weight_grads"_a, "dtype"_a)
       .def("reject", &reject, "reason"_a)

@@ -17,8 +17,7 @@ using Bytes = nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>;
 // A writable view of part of a slab that keeps the slab alive.
 Bytes view(const std::shared_ptr<Slab>& slab, size_t offset, size_t bytes) {
   auto* kept = new std::shared_ptr<Slab>(slab);
-  nb::capsule owner(kept,
-                    [](void* p) noexcept { delete static_cast<std::shared_ptr<Slab>*>(p); });
+  nb::capsule owner(kept, [](void* p) noexcept { delete static_cast<std::shared_ptr<Slab>*>(p); });
   return Bytes(slab->data() + offset, {bytes}, owner);
 }
 
@@ -76,13 +75,15 @@ void register_operations(nb::module_& module) {
       .def_ro("num_rows", &HandleData::num_rows)
       .def_prop_ro("num_records", &HandleData::num_records)
       .def_ro("rows_per_expert", &HandleData::rows_per_expert)
-      .def_prop_ro("load", [](const HandleData& handle) {  // tokens per expert over all ranks
-        const RoutingCounts& counts = handle.counts;
-        std::vector<uint64_t> load(size_t(counts.num_experts), 0);
-        for (int s = 0; s < counts.num_ranks; ++s)
-          for (int e = 0; e < counts.num_experts; ++e) load[size_t(e)] += counts.expert(s, e);
-        return load;
-      })
+      .def_prop_ro("load",
+                   [](const HandleData& handle) {  // tokens per expert over all ranks
+                     const RoutingCounts& counts = handle.counts;
+                     std::vector<uint64_t> load(size_t(counts.num_experts), 0);
+                     for (int s = 0; s < counts.num_ranks; ++s)
+                       for (int e = 0; e < counts.num_experts; ++e)
+                         load[size_t(e)] += counts.expert(s, e);
+                     return load;
+                   })
       .def_prop_ro("tokens_per_node", [](const HandleData& handle) {  // [source][node]
         const RoutingCounts& counts = handle.counts;
         std::vector<std::vector<uint32_t>> table;

@@ -1,5 +1,5 @@
-// Command FIFO: one producer group (executor thread or SM), one consumer (proxy thread). Validity is
-// a phase bit inside the command, which flips every lap: no doorbell, no head to share.
+// Command FIFO: one producer group (executor thread or SM), one consumer (proxy thread). Validity
+// is a phase bit inside the command, which flips every lap: no doorbell, no head to share.
 #pragma once
 
 #include "channel/command.hpp"

@@ -13,7 +13,9 @@ struct RingGeometry {
   uint64_t num_chunks = 0;
 
   COMMLIB_HD size_t chunk_bytes() const { return slot_bytes * slots_per_chunk; }
-  COMMLIB_HD size_t chunk_offset(uint64_t chunk) const { return (chunk % num_chunks) * chunk_bytes(); }
+  COMMLIB_HD size_t chunk_offset(uint64_t chunk) const {
+    return (chunk % num_chunks) * chunk_bytes();
+  }
   COMMLIB_HD size_t slot_offset(uint64_t slot) const {
     return chunk_offset(slot / slots_per_chunk) + (slot % slots_per_chunk) * slot_bytes;
   }

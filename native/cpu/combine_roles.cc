@@ -12,14 +12,16 @@ namespace {
 class Reduce : public Role {
  public:
   Reduce(const CombineContext& context, int source)
-      : Role("reduce"), context_(context), group_(context.group()),
+      : Role("reduce"),
+        context_(context),
+        group_(context.group()),
         num_records_(context.handle->counts.rank(source, group_.rank())),
         base_(context.handle->record_base[size_t(source)]) {
     const int collector = group_.is_local(source) ? source : group_.rail(source, group_.node());
     slots_ = context.landing_slots(collector, source, group_.rank());
     arrived_ = context.mesh->arena_word(
-        collector, context.mesh->control().combine_arrived_of(
-                       source, group_.local_rank_of(group_.rank())));
+        collector,
+        context.mesh->control().combine_arrived_of(source, group_.local_rank_of(group_.rank())));
   }
 
   bool step() override {
@@ -52,16 +54,15 @@ class Reduce : public Role {
     for (int i = 0; i < count; ++i) {
       rows[i] = static_cast<const uint8_t*>(context_.call.y) +
                 size_t(here[i].row) * context_.slot.row_bytes;
-      if (context_.call.row_weights != nullptr)
-        weights[i] = context_.call.row_weights[here[i].row];
+      if (context_.call.row_weights != nullptr) weights[i] = context_.call.row_weights[here[i].row];
     }
     uint8_t* slot = slots_ + index * context_.slot.slot_bytes;
     const bool has_weights = context_.call.row_weights != nullptr;
     if (count == 1 && !has_weights) {
       std::memcpy(slot, rows[0], context_.slot.row_bytes);
     } else {
-      row_kernels().reduce({slot, rows, has_weights ? weights : nullptr, &count, 1,
-                            context_.hidden, context_.call.dtype});
+      row_kernels().reduce({slot, rows, has_weights ? weights : nullptr, &count, 1, context_.hidden,
+                            context_.call.dtype});
     }
     if (context_.has_weight_grads()) write_weight_grads(slot, entries);
     ++counters_.rows;
@@ -97,11 +98,11 @@ class Arrivals {
   Arrivals(const CombineContext& context, int source) : context_(context), source_(source) {
     const Group& group = context.group();
     for (int writer : group.peers()) {
-      streams_.push_back({context.landing_slots(group.rank(), source, writer),
-                          context.mesh->arena_word(
-                              group.rank(), context.mesh->control().combine_arrived_of(
-                                                source, group.local_rank_of(writer))),
-                          context.handle->counts.rank(source, writer)});
+      streams_.push_back(
+          {context.landing_slots(group.rank(), source, writer),
+           context.mesh->arena_word(group.rank(), context.mesh->control().combine_arrived_of(
+                                                      source, group.local_rank_of(writer))),
+           context.handle->counts.rank(source, writer)});
     }
   }
   // Next slot of the writer with this local rank; nullptr if it has not arrived.
@@ -151,7 +152,10 @@ uint64_t ranks_wanted(const Group& group, const RecordEntry* entries, int num_to
 class ForwardReduce : public Role {
  public:
   ForwardReduce(const CombineContext& context, int source, FifoProducer& fifo)
-      : Role("forward_reduce"), context_(context), group_(context.group()), source_(source),
+      : Role("forward_reduce"),
+        context_(context),
+        group_(context.group()),
+        source_(source),
         num_slots_(context.handle->counts.node(source, group_.node())),
         arrivals_(context, source),
         ring_(context.ring(num_slots_), num_slots_, place(context, source), *context.proxy, fifo) {}
@@ -173,9 +177,9 @@ class ForwardReduce : public Role {
  private:
   bool reduce_next() {
     const int num_topk = context_.handle->num_topk;
-    const RecordEntry* entries = record_entries(
-        context_.handle->forward_records[size_t(source_)].data() +
-        ring_.written() * record_bytes(num_topk));
+    const RecordEntry* entries =
+        record_entries(context_.handle->forward_records[size_t(source_)].data() +
+                       ring_.written() * record_bytes(num_topk));
     uint8_t* slot = ring_.next_slot();
     is_ring_full_ = slot == nullptr;
     if (is_ring_full_) return false;
@@ -190,8 +194,10 @@ class ForwardReduce : public Role {
       rows[count] = row;
       locals[count++] = local;
     }
-    if (count == 1) std::memcpy(slot, rows[0], context_.slot.row_bytes);
-    else row_kernels().reduce({slot, rows, nullptr, &count, 1, context_.hidden, context_.call.dtype});
+    if (count == 1)
+      std::memcpy(slot, rows[0], context_.slot.row_bytes);
+    else
+      row_kernels().reduce({slot, rows, nullptr, &count, 1, context_.hidden, context_.call.dtype});
     if (context_.has_weight_grads()) merge_weight_grads(slot, entries, rows, locals, count);
     for (int i = 0; i < count; ++i) arrivals_.advance(locals[i]);
     ring_.commit();
@@ -219,13 +225,13 @@ class ForwardReduce : public Role {
   static SendRing::Place place(const CombineContext& context, int source) {
     const Mesh& mesh = *context.mesh;
     const size_t local = mesh.registered().combine_send_ring_of(source);
-    return {mesh.memory().base() + local,
-            local,
-            mesh.registered_of(source).combine_recv_ring_of(mesh.group().node()),
-            mesh.registered_word(
-                RegisteredRegion::line(mesh.registered().combine_credit_in, source)),
-            context.proxy->channels().to_source(ChannelPurpose::kCombineData, source),
-            &context.totals->combine_sent[size_t(source)]};
+    return {
+        mesh.memory().base() + local,
+        local,
+        mesh.registered_of(source).combine_recv_ring_of(mesh.group().node()),
+        mesh.registered_word(RegisteredRegion::line(mesh.registered().combine_credit_in, source)),
+        context.proxy->channels().to_source(ChannelPurpose::kCombineData, source),
+        &context.totals->combine_sent[size_t(source)]};
   }
 
   const CombineContext& context_;
@@ -240,7 +246,9 @@ class ForwardReduce : public Role {
 class FinalReduce : public Role {
  public:
   FinalReduce(const CombineContext& context, FifoProducer& fifo)
-      : Role("final_reduce"), context_(context), group_(context.group()),
+      : Role("final_reduce"),
+        context_(context),
+        group_(context.group()),
         arrivals_(context, group_.rank()) {
     for (int node = 0; node < group_.num_nodes(); ++node) {
       const uint64_t num_slots =
@@ -301,15 +309,19 @@ class FinalReduce : public Role {
     }
     for (int i = 0; i < num_parts; ++i) rows[i] = parts[i].slot;
     uint8_t* out = static_cast<uint8_t*>(context_.call.out) + token_ * context_.slot.row_bytes;
-    if (num_parts == 0) std::memset(out, 0, context_.slot.row_bytes);
-    else if (num_parts == 1) std::memcpy(out, rows[0], context_.slot.row_bytes);
+    if (num_parts == 0)
+      std::memset(out, 0, context_.slot.row_bytes);
+    else if (num_parts == 1)
+      std::memcpy(out, rows[0], context_.slot.row_bytes);
     else
-      row_kernels().reduce({out, rows, nullptr, group_ends, num_groups, context_.hidden,
-                            context_.call.dtype});
+      row_kernels().reduce(
+          {out, rows, nullptr, group_ends, num_groups, context_.hidden, context_.call.dtype});
     if (context_.has_weight_grads()) write_weight_grads(entries, parts, num_parts);
     for (int i = 0; i < num_parts; ++i) {
-      if (parts[i].node == group_.node()) arrivals_.advance(parts[i].local);
-      else ++consumed_[size_t(parts[i].node)];
+      if (parts[i].node == group_.node())
+        arrivals_.advance(parts[i].local);
+      else
+        ++consumed_[size_t(parts[i].node)];
     }
     ++counters_.rows;
     counters_.bytes_read += uint64_t(num_parts) * context_.slot.row_bytes;
@@ -362,9 +374,8 @@ class FinalReduce : public Role {
       if (entries[k].expert < 0) continue;
       const int rank = group_.expert_rank(entries[k].expert);
       for (int i = 0; i < num_parts; ++i) {
-        const bool is_owner =
-            parts[i].node == group_.node_of(rank) &&
-            (parts[i].local < 0 || parts[i].local == group_.local_rank_of(rank));
+        const bool is_owner = parts[i].node == group_.node_of(rank) &&
+                              (parts[i].local < 0 || parts[i].local == group_.local_rank_of(rank));
         if (is_owner)
           out[k] = reinterpret_cast<const float*>(parts[i].slot + context_.slot.tail_offset)[k];
       }

@@ -1,4 +1,5 @@
-// The roles of combine: reduce on the expert rank, forward_reduce on the rail, final_reduce at home.
+// The roles of combine: reduce on the expert rank, forward_reduce on the rail, final_reduce at
+// home.
 #pragma once
 
 #include <memory>

@@ -96,11 +96,14 @@ namespace {
 class Push : public Role {
  public:
   explicit Push(const DispatchContext& context)
-      : Role("push"), context_(context), source_(context), scatter_(context, context.group().rank()) {}
+      : Role("push"),
+        context_(context),
+        source_(context),
+        scatter_(context, context.group().rank()) {}
 
   bool step() override {
-    const size_t end = std::min(size_t(context_.call.num_tokens),
-                                token_ + size_t(context_.chunk_tokens));
+    const size_t end =
+        std::min(size_t(context_.call.num_tokens), token_ + size_t(context_.chunk_tokens));
     const bool has_moved = token_ < end;
     for (; token_ < end; ++token_) {
       const uint8_t* record = context_.handle->own_record(token_);
@@ -127,8 +130,12 @@ class Push : public Role {
 class ScaleOutSend : public Role {
  public:
   ScaleOutSend(const DispatchContext& context, int node, FifoProducer& fifo)
-      : Role("scale_out_send"), context_(context), node_(node), source_(context),
-        slot_(context.slot()), tokens_(context.handle->tokens_to_node[size_t(node)]),
+      : Role("scale_out_send"),
+        context_(context),
+        node_(node),
+        source_(context),
+        slot_(context.slot()),
+        tokens_(context.handle->tokens_to_node[size_t(node)]),
         ring_(context.ring(tokens_.size()), tokens_.size(), place(context, node), *context.proxy,
               fifo) {}
 
@@ -164,13 +171,13 @@ class ScaleOutSend : public Role {
     const Group& group = mesh.group();
     const int peer = group.rail(group.rank(), node);
     const size_t local = mesh.registered().dispatch_send_ring_of(node);
-    return {mesh.memory().base() + local,
-            local,
-            mesh.registered_of(peer).dispatch_recv_ring_of(group.rank()),
-            mesh.registered_word(
-                RegisteredRegion::line(mesh.registered().dispatch_credit_in, node)),
-            context.proxy->channels().to_node(ChannelPurpose::kDispatchData, node),
-            &context.totals->dispatch_sent[size_t(node)]};
+    return {
+        mesh.memory().base() + local,
+        local,
+        mesh.registered_of(peer).dispatch_recv_ring_of(group.rank()),
+        mesh.registered_word(RegisteredRegion::line(mesh.registered().dispatch_credit_in, node)),
+        context.proxy->channels().to_node(ChannelPurpose::kDispatchData, node),
+        &context.totals->dispatch_sent[size_t(node)]};
   }
 
   const DispatchContext& context_;
@@ -184,20 +191,22 @@ class ScaleOutSend : public Role {
 class Forward : public Role {
  public:
   Forward(const DispatchContext& context, int source, FifoProducer& fifo)
-      : Role("forward"), context_(context), source_(source), slot_(context.slot()),
+      : Role("forward"),
+        context_(context),
+        source_(source),
+        slot_(context.slot()),
         scatter_(context, source),
         num_slots_(context.handle->counts.node(source, context.group().node())),
         ring_(context.ring(num_slots_), num_slots_, place(context, source), fifo) {}
 
   bool step() override {
-    const uint64_t end =
-        std::min(ring_.available(), consumed_ + uint64_t(context_.chunk_tokens));
+    const uint64_t end = std::min(ring_.available(), consumed_ + uint64_t(context_.chunk_tokens));
     const bool has_moved = consumed_ < end;
     for (; consumed_ < end; ++consumed_) {
       const uint8_t* slot = ring_.slot(consumed_);
       const uint8_t* record = keep_record(slot);
-      const int copies = scatter_.write(
-          record, slot, reinterpret_cast<const float*>(slot + slot_.scales_offset));
+      const int copies =
+          scatter_.write(record, slot, reinterpret_cast<const float*>(slot + slot_.scales_offset));
       ++counters_.rows;
       counters_.bytes_read += slot_.row_bytes;
       counters_.bytes_written += uint64_t(copies) * slot_.row_bytes;
@@ -213,8 +222,7 @@ class Forward : public Role {
   // The record of the slot's token in the handle: copied from the slot, or there already.
   const uint8_t* keep_record(const uint8_t* slot) {
     const size_t bytes = record_bytes(context_.shape.num_topk);
-    uint8_t* kept =
-        context_.handle->forward_records[size_t(source_)].data() + consumed_ * bytes;
+    uint8_t* kept = context_.handle->forward_records[size_t(source_)].data() + consumed_ * bytes;
     if (context_.is_fresh) {
       std::memcpy(kept, slot + slot_.tail_offset, bytes);
       // A slot of another epoch here would be a broken protocol, not an input error.
@@ -225,11 +233,11 @@ class Forward : public Role {
   }
   static RecvRing::Place place(const DispatchContext& context, int source) {
     const Mesh& mesh = *context.mesh;
-    return {mesh.memory().base() + mesh.registered().dispatch_recv_ring_of(source),
-            mesh.registered_word(
-                RegisteredRegion::line(mesh.registered().dispatch_count_in, source)),
-            context.proxy->channels().to_source(ChannelPurpose::kDispatchCredit, source),
-            &context.totals->dispatch_received[size_t(source)]};
+    return {
+        mesh.memory().base() + mesh.registered().dispatch_recv_ring_of(source),
+        mesh.registered_word(RegisteredRegion::line(mesh.registered().dispatch_count_in, source)),
+        context.proxy->channels().to_source(ChannelPurpose::kDispatchCredit, source),
+        &context.totals->dispatch_received[size_t(source)]};
   }
 
   const DispatchContext& context_;
@@ -244,7 +252,10 @@ class Forward : public Role {
 class Expand : public Role {
  public:
   Expand(const DispatchContext& context, int source)
-      : Role("expand"), context_(context), source_(source), group_(context.group()),
+      : Role("expand"),
+        context_(context),
+        source_(source),
+        group_(context.group()),
         num_records_(context.handle->counts.rank(source, group_.rank())),
         base_(context.handle->record_base[size_t(source)]),
         is_own_writer_(group_.writer(source, group_.rank()) == group_.rank()),
@@ -253,10 +264,10 @@ class Expand : public Role {
     const DispatchLanding& landing = context.landing[size_t(group_.rank())];
     rows_ = context.landing_part(group_.rank(), landing.rows_offset);
     scales_ = context.landing_part(group_.rank(), landing.scales_offset);
-    weights_ = reinterpret_cast<float*>(
-        context.landing_part(group_.rank(), landing.weights_offset));
-    topk_idx_ = reinterpret_cast<int64_t*>(
-        context.landing_part(group_.rank(), landing.topk_idx_offset));
+    weights_ =
+        reinterpret_cast<float*>(context.landing_part(group_.rank(), landing.weights_offset));
+    topk_idx_ =
+        reinterpret_cast<int64_t*>(context.landing_part(group_.rank(), landing.topk_idx_offset));
     records_ = context.is_fresh ? context.landing_part(group_.rank(), landing.records_offset)
                                 : context.handle->records->data();
   }
@@ -277,14 +288,13 @@ class Expand : public Role {
  private:
   void expand(uint64_t index) {
     const LandingShape& shape = context_.shape;
-    const RecordEntry* entries =
-        record_entries(records_ + index * record_bytes(shape.num_topk));
+    const RecordEntry* entries = record_entries(records_ + index * record_bytes(shape.num_topk));
     const int first_expert = group_.rank() * group_.experts_per_rank();
     int32_t first_row = -1;
     for (int k = 0; k < shape.num_topk; ++k) {
       const int local_expert = entries[k].expert - first_expert;
-      const bool is_here = entries[k].expert >= 0 && local_expert >= 0 &&
-                           local_expert < group_.experts_per_rank();
+      const bool is_here =
+          entries[k].expert >= 0 && local_expert >= 0 && local_expert < group_.experts_per_rank();
       if (shape.layout == Layout::kRows) {
         if (!context_.is_fresh) continue;
         const size_t at = index * size_t(shape.num_topk) + size_t(k);
@@ -294,8 +304,10 @@ class Expand : public Role {
       }
       if (!is_here) continue;
       if (context_.is_fresh) weights_[entries[k].row] = entries[k].weight;
-      if (first_row < 0) first_row = entries[k].row;
-      else if (!is_own_writer_) copy_row(first_row, entries[k].row);
+      if (first_row < 0)
+        first_row = entries[k].row;
+      else if (!is_own_writer_)
+        copy_row(first_row, entries[k].row);
     }
   }
 

@@ -29,7 +29,8 @@ void check_counts(const EngineConfig& config) {
     throw ConfigException("num_threads=" + std::to_string(config.num_threads) + " is below 1");
 }
 
-// A ring holds two of the largest slots that a call can ask for: an FP32 row with scales and record.
+// A ring holds two of the largest slots that a call can ask for: an FP32 row with scales and
+// record.
 void check_ring(const EngineConfig& config) {
   const size_t slot =
       make_slot(config.hidden * 4, config.hidden / kScaleBlock * 4, record_bytes(config.num_topk))
@@ -56,7 +57,8 @@ void check_addresses(const EngineConfig& config, const Group& group, const Memor
                             std::to_string(kCommandUnit << 32));
   }
   if (config.chunk_bytes > 0xffffffffu)
-    throw ConfigException("chunk_bytes=" + std::to_string(config.chunk_bytes) + " is 4 GiB or more");
+    throw ConfigException("chunk_bytes=" + std::to_string(config.chunk_bytes) +
+                          " is 4 GiB or more");
 }
 
 }  // namespace
@@ -68,8 +70,8 @@ Engine::Engine(const EngineConfig& config) : config_(config) {
   const MemoryConfig memory = memory_config(config, group);
   check_addresses(config, group, memory);
   const bool has_scale_out = group.num_nodes() > 1;
-  mesh_ = std::make_unique<Mesh>(std::move(group), memory, config.arena_bytes,
-                                 config.max_arena_bytes);
+  mesh_ =
+      std::make_unique<Mesh>(std::move(group), memory, config.arena_bytes, config.max_arena_bytes);
   proxy_ = std::make_unique<Proxy>(*mesh_, board_, config.num_threads);
   std::unique_ptr<Transport> transport;
   if (has_scale_out) {
@@ -125,9 +127,10 @@ void Engine::connect(const std::vector<std::vector<uint8_t>>& addresses) {
       throw ConfigException("the address of rank " + std::to_string(rank) +
                             " is not one of this version of commlib");
     if (head.config_digest != heads[0].config_digest)
-      throw ConfigException("rank " + std::to_string(rank) +
-                            " has another configuration than rank 0; hidden, num_experts, num_topk, "
-                            "ring and chunk sizes and the topology must agree");
+      throw ConfigException(
+          "rank " + std::to_string(rank) +
+          " has another configuration than rank 0; hidden, num_experts, num_topk, "
+          "ring and chunk sizes and the topology must agree");
   }
   for (int rank : group.peers())
     if (rank != group.rank()) mesh_->map_peer(rank, heads[size_t(rank)].arena);
@@ -165,7 +168,7 @@ void Engine::stop(bool is_clean) {
   Outcome outcome;
   outcome.kind = OutcomeKind::kRejected;
   outcome.message = "the Runtime was closed while operations were queued";
-  if (!is_clean && !board_.raised()) {
+  if (!is_clean && is_connected_ && !board_.raised()) {
     // Unblock the executor: nobody will finish a running operation any more.
     FaultRecord fault;
     fault.kind = FaultKind::kPeerLost;

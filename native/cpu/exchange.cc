@@ -83,12 +83,11 @@ bool Exchange::relay() {
   for (size_t i = 0; i < in_sources_.size(); ++i) {
     if (is_relayed_[i]) continue;
     const int source = in_sources_[i];
-    const uint64_t* count = mesh_.registered_word(
-        RegisteredRegion::line(mesh_.registered().exchange_count_in, source));
+    const uint64_t* count =
+        mesh_.registered_word(RegisteredRegion::line(mesh_.registered().exchange_count_in, source));
     // Rows arrive one per epoch, from epoch 1. Partner: the put_signal of the source's proxy.
     if (load_acquire(count) < epoch_) continue;
-    deliver(source,
-            mesh_.memory().base() + mesh_.registered().exchange_row_in_of(epoch_, source));
+    deliver(source, mesh_.memory().base() + mesh_.registered().exchange_row_in_of(epoch_, source));
     is_relayed_[i] = true;
     ++num_relayed_;
     has_moved = true;
@@ -114,8 +113,8 @@ Wait Exchange::waits_for() const {
   // the sources it relays for would be blamed in its place.
   for (const bool is_local : {true, false}) {
     for (int source = 0; source < group.num_ranks(); ++source) {
-      const uint64_t seen = load_acquire(
-          mesh_.arena_word(group.rank(), mesh_.control().exchange_epoch_of(source)));
+      const uint64_t seen =
+          load_acquire(mesh_.arena_word(group.rank(), mesh_.control().exchange_epoch_of(source)));
       if (group.is_local(source) == is_local && seen < epoch_)
         return {source, source, epoch_, seen};
     }

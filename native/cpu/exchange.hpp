@@ -28,8 +28,8 @@ static_assert(sizeof(ExchangeHeader) % 8 == 0);
 
 // Header, then for a fresh dispatch uint32 counts per expert, rank and node.
 inline size_t exchange_row_bytes(const Group& group) {
-  const size_t counts = size_t(group.num_experts()) + size_t(group.num_ranks()) +
-                        size_t(group.num_nodes());
+  const size_t counts =
+      size_t(group.num_experts()) + size_t(group.num_ranks()) + size_t(group.num_nodes());
   return align_up(sizeof(ExchangeHeader) + counts * sizeof(uint32_t), kLine);
 }
 
@@ -46,7 +46,9 @@ class Exchange {
            const ExchangeHeader& header, const OwnCounts* counts);
 
   bool step();
-  bool is_done() const { return is_published_ && num_relayed_ == in_sources_.size() && is_gathered_; }
+  bool is_done() const {
+    return is_published_ && num_relayed_ == in_sources_.size() && is_gathered_;
+  }
   Wait waits_for() const;
   ExchangeTable table() const;
 

@@ -4,23 +4,10 @@
 #include <cstring>
 
 #include "common/backoff.hpp"
+#include "cpu/agreement.hpp"
 
 namespace commlib {
 namespace {
-
-const char* op_name(OpKind kind) {
-  switch (kind) {
-    case OpKind::kDispatch: return "dispatch";
-    case OpKind::kCachedDispatch: return "cached_dispatch";
-    case OpKind::kCombine: return "combine";
-    case OpKind::kBarrier: return "barrier";
-  }
-  return "?";
-}
-
-const char* dtype_name(Dtype dtype) {
-  return dtype == Dtype::kF32 ? "float32" : dtype == Dtype::kBf16 ? "bfloat16" : "float8_e4m3fn";
-}
 
 Outcome outcome_of(OutcomeKind kind) {
   Outcome outcome;
@@ -126,68 +113,12 @@ Outcome Executor::run(Op& op) {
   return verdict;
 }
 
-std::string Executor::describe(const Op& op) const {
-  std::string text = op_name(op.kind);
-  const bool is_dispatch = op.kind == OpKind::kDispatch || op.kind == OpKind::kCachedDispatch;
-  if (is_dispatch) {
-    static const char* const kCasts[] = {"none", "e4m3", "e4m3_pow2"};
-    text += std::string(" dtype=") + dtype_name(op.dispatch.dtype) +
-            " cast=" + kCasts[size_t(op.dispatch.cast)];
-  }
-  if (op.kind == OpKind::kDispatch)
-    text += std::string(" layout=") +
-            (op.dispatch.layout == Layout::kGrouped ? "grouped" : "rows") +
-            " expert_alignment=" + std::to_string(op.dispatch.alignment);
-  if (op.kind == OpKind::kCombine)
-    text += std::string(" dtype=") + dtype_name(op.combine.dtype) + " weight_grads=" +
-            (op.combine.has_weight_grads ? "yes" : "no");
-  if (op.kind == OpKind::kCachedDispatch || op.kind == OpKind::kCombine)
-    text += " handle=" + std::to_string(op.handle ? op.handle->epoch : 0);
-  return text;
-}
-
-LandingShape Executor::landing_shape(const Op& op) const {
-  const DispatchCall& call = op.dispatch;
-  const Dtype payload = call.cast == Cast::kNone ? call.dtype : Dtype::kE4m3;
-  LandingShape shape;
-  shape.row_bytes = config_.hidden * dtype_bytes(payload);
-  shape.scales_bytes =
-      payload == Dtype::kE4m3 ? config_.hidden / kScaleBlock * sizeof(float) : 0;
-  shape.num_topk = config_.num_topk;
-  shape.is_fresh = op.kind == OpKind::kDispatch;
-  shape.layout = shape.is_fresh ? call.layout : op.handle->layout;
-  shape.alignment = shape.is_fresh ? call.alignment : op.handle->alignment;
-  return shape;
-}
-
-SlotLayout Executor::combine_slot(const Op& op) const {
-  const size_t grads = op.combine.has_weight_grads ? size_t(config_.num_topk) * sizeof(float) : 0;
-  return make_slot(config_.hidden * dtype_bytes(op.combine.dtype), 0, grads);
-}
-
-std::vector<size_t> Executor::needed_bytes(const Op& op, const ExchangeTable& table) const {
-  const Group& group = mesh_.group();
-  std::vector<size_t> needed(size_t(group.num_ranks()), 0);
-  for (int rank = 0; rank < group.num_ranks(); ++rank) {
-    if (op.kind == OpKind::kDispatch)
-      needed[size_t(rank)] =
-          dispatch_landing(group, table.counts, landing_shape(op), rank).total_bytes;
-    else if (op.kind == OpKind::kCachedDispatch)
-      needed[size_t(rank)] =
-          dispatch_landing(group, op.handle->counts, landing_shape(op), rank).total_bytes;
-    else if (op.kind == OpKind::kCombine)
-      needed[size_t(rank)] =
-          CombineLanding(group, op.handle->counts, combine_slot(op).slot_bytes, rank).total_bytes();
-  }
-  return needed;
-}
-
 // Exchanges until every rank has room, or all know why not. At most three rounds: ask, grow,
 // report that growing failed.
 Outcome Executor::negotiate(Op& op, ExchangeTable* table, uint64_t* epoch) {
   const size_t me = size_t(mesh_.group().rank());
   ExchangeHeader header;
-  set_text(&header, describe(op));
+  set_text(&header, describe_call(op));
   header.config_hash = hash_text(header.text);
   OwnCounts counts;
   const bool is_fresh = op.kind == OpKind::kDispatch;
@@ -209,7 +140,8 @@ Outcome Executor::negotiate(Op& op, ExchangeTable* table, uint64_t* epoch) {
     if (outcome.kind == OutcomeKind::kFault) return outcome;
     outcome = judge(*table);
     if (outcome.kind != OutcomeKind::kDone) return outcome;
-    const std::vector<size_t> needed = needed_bytes(op, *table);
+    const std::vector<size_t> needed =
+        needed_bytes(mesh_.group(), op, *table, config_.hidden, config_.num_topk);
     bool is_short = false;
     for (size_t rank = 0; rank < needed.size(); ++rank)
       is_short |= needed[rank] > table->headers[rank].grant_bytes;
@@ -224,36 +156,6 @@ Outcome Executor::negotiate(Op& op, ExchangeTable* table, uint64_t* epoch) {
       set_text(&header, error.what());
     }
   }
-}
-
-Outcome Executor::judge(const ExchangeTable& table) const {
-  Outcome outcome = outcome_of(OutcomeKind::kDone);
-  const auto add = [&outcome](size_t rank, const std::string& text) {
-    if (!outcome.message.empty()) outcome.message += "; ";
-    outcome.message += "rank " + std::to_string(rank) + ": " + text;
-  };
-  for (size_t rank = 0; rank < table.headers.size(); ++rank) {
-    const ExchangeHeader& header = table.headers[rank];
-    if (header.status == RowStatus::kOk) continue;
-    if (outcome.kind != OutcomeKind::kRejected)
-      outcome.kind = header.status == RowStatus::kRejected ? OutcomeKind::kRejected
-                                                           : OutcomeKind::kCapacity;
-    if (header.status == RowStatus::kCapacity) {
-      outcome.needed = header.needed;
-      outcome.available = header.grant_bytes;
-    }
-    add(rank, header.text);
-  }
-  if (outcome.kind != OutcomeKind::kDone) return outcome;
-  for (size_t rank = 1; rank < table.headers.size(); ++rank) {
-    if (table.headers[rank].config_hash == table.headers[0].config_hash) continue;
-    outcome.kind = OutcomeKind::kRejected;
-    outcome.message = "ranks disagree about the call: rank 0 calls '" +
-                      std::string(table.headers[0].text) + "', rank " + std::to_string(rank) +
-                      " calls '" + table.headers[rank].text + "'";
-    return outcome;
-  }
-  return outcome;
 }
 
 Outcome Executor::run_exchange(Op& op, ExchangeHeader header, const OwnCounts* counts,
@@ -303,18 +205,16 @@ Outcome Executor::run_dispatch(Op& op, const ExchangeTable& table, uint64_t epoc
                           config_.chunk_bytes,
                           config_.hidden,
                           config_.hidden * dtype_bytes(op.dispatch.dtype),
-                          landing_shape(op),
+                          landing_shape(op, config_.hidden, config_.num_topk),
                           {},
                           {}};
   for (const ExchangeHeader& header : table.headers) context.grants.push_back(header.grant_offset);
   context.landing.resize(size_t(group.num_ranks()));
   for (int rank : group.peers())
-    context.landing[size_t(rank)] =
-        dispatch_landing(group, op.handle->counts, context.shape, rank);
+    context.landing[size_t(rank)] = dispatch_landing(group, op.handle->counts, context.shape, rank);
   op.landing = context.landing[size_t(group.rank())];
 
-  Outcome outcome =
-      run_roles(op_name(op.kind), make_dispatch_roles(context, fifos_), epoch);
+  Outcome outcome = run_roles(op_name(op.kind), make_dispatch_roles(context, fifos_), epoch);
   if (outcome.kind != OutcomeKind::kDone) return outcome;
   op.output = grant_->split_front(op.landing.output_bytes);
   if (is_fresh)
@@ -334,14 +234,14 @@ Outcome Executor::run_combine(Op& op, const ExchangeTable& table, uint64_t epoch
                          config_.ring_bytes,
                          config_.chunk_bytes,
                          config_.hidden,
-                         combine_slot(op),
+                         combine_slot(op, config_.hidden, config_.num_topk),
                          {},
                          {}};
   for (const ExchangeHeader& header : table.headers) context.grants.push_back(header.grant_offset);
   context.landing.resize(size_t(group.num_ranks()));
   for (int rank : group.peers())
-    context.landing[size_t(rank)] = std::make_unique<CombineLanding>(
-        group, op.handle->counts, context.slot.slot_bytes, rank);
+    context.landing[size_t(rank)] =
+        std::make_unique<CombineLanding>(group, op.handle->counts, context.slot.slot_bytes, rank);
   return run_roles(op_name(op.kind), make_combine_roles(context, fifos_), epoch);
 }
 

@@ -52,14 +52,15 @@ class Executor {
   struct Phase {
     std::vector<std::unique_ptr<Role>> roles;
     const char* op_name = "";
-    std::atomic<int> num_running{0};    // threads that still have undone roles
+    std::atomic<int> num_running{0};  // threads that still have undone roles
     std::atomic<bool> is_aborted{false};
   };
 
   void coordinate();
   void help(int thread);
   Outcome run(Op& op);
-  Outcome run_exchange(Op& op, ExchangeHeader header, const OwnCounts* counts, ExchangeTable* table);
+  Outcome run_exchange(Op& op, ExchangeHeader header, const OwnCounts* counts,
+                       ExchangeTable* table);
   Outcome run_dispatch(Op& op, const ExchangeTable& table, uint64_t epoch);
   Outcome run_combine(Op& op, const ExchangeTable& table, uint64_t epoch);
   Outcome run_roles(const char* op_name, std::vector<std::unique_ptr<Role>> roles, uint64_t epoch);
@@ -67,11 +68,6 @@ class Executor {
   void count(const Phase& phase);
 
   Outcome negotiate(Op& op, ExchangeTable* table, uint64_t* epoch);
-  Outcome judge(const ExchangeTable& table) const;
-  std::string describe(const Op& op) const;
-  std::vector<size_t> needed_bytes(const Op& op, const ExchangeTable& table) const;
-  LandingShape landing_shape(const Op& op) const;
-  SlotLayout combine_slot(const Op& op) const;
   Outcome fault_outcome(const char* op_name, const char* role, const Wait& wait) const;
   void raise_timeout(const char* op_name, const char* role, const Wait& wait, uint64_t epoch,
                      double waited_s);

@@ -1,4 +1,5 @@
-// One operation of the Runtime's queue: the call (one plain struct each way), its grant, its outcome.
+// One operation of the Runtime's queue: the call (one plain struct each way), its grant, its
+// outcome.
 #pragma once
 
 #include <chrono>
@@ -31,12 +32,12 @@ struct DispatchCall {
 };
 
 struct CombineCall {
-  const void* y = nullptr;               // [num_rows, hidden] of dtype, F32 or BF16
-  const float* row_weights = nullptr;    // [num_rows] or nullptr
-  bool has_weight_grads = false;         // on all ranks alike; pointers of empty arrays may be null
-  const float* weight_grads = nullptr;   // grouped [num_rows], rows [num_rows, num_topk]
-  void* out = nullptr;                   // [num_tokens, hidden] of dtype
-  float* out_weight_grads = nullptr;     // [num_tokens, num_topk]
+  const void* y = nullptr;              // [num_rows, hidden] of dtype, F32 or BF16
+  const float* row_weights = nullptr;   // [num_rows] or nullptr
+  bool has_weight_grads = false;        // on all ranks alike; pointers of empty arrays may be null
+  const float* weight_grads = nullptr;  // grouped [num_rows], rows [num_rows, num_topk]
+  void* out = nullptr;                  // [num_tokens, hidden] of dtype
+  float* out_weight_grads = nullptr;    // [num_tokens, num_topk]
   Dtype dtype = Dtype::kF32;
 };
 
@@ -47,8 +48,8 @@ struct Outcome {
   std::string message;  // kRejected, kCapacity: the same on every rank
   size_t needed = 0;
   size_t available = 0;
-  FaultRecord fault;          // kFault
-  std::string waited_phase;   // kFault: where this rank stood
+  FaultRecord fault;         // kFault
+  std::string waited_phase;  // kFault: where this rank stood
   int waited_peer = -1;
   int waited_channel = -1;
 };

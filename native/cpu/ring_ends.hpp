@@ -22,7 +22,11 @@ class SendRing {
 
   SendRing(const RingGeometry& ring, uint64_t num_slots, const Place& place, const Proxy& proxy,
            FifoProducer& fifo)
-      : ring_(ring), num_slots_(num_slots), place_(place), proxy_(proxy), fifo_(fifo),
+      : ring_(ring),
+        num_slots_(num_slots),
+        place_(place),
+        proxy_(proxy),
+        fifo_(fifo),
         begin_(*place.total) {}
 
   // Where the next slot goes; nullptr while the ring or the FIFO is full.
@@ -58,9 +62,9 @@ class SendRing {
     const uint64_t chunk = (written_ - 1) / ring_.slots_per_chunk;
     const uint64_t slots = written_ - chunk * ring_.slots_per_chunk;
     const size_t offset = ring_.chunk_offset(chunk);
-    const Command command = encode({CommandKind::kPut, place_.channel, 1,
-                                    uint32_t(slots * ring_.slot_bytes),
-                                    place_.local_offset + offset, place_.remote_offset + offset});
+    const Command command =
+        encode({CommandKind::kPut, place_.channel, 1, uint32_t(slots * ring_.slot_bytes),
+                place_.local_offset + offset, place_.remote_offset + offset});
     if (!fifo_.push(command)) return false;
     pending_ = false;
     ++*place_.total;
@@ -99,12 +103,13 @@ class RecvRing {
 
   // All slots below `consumed` have been read. Gives back the chunks that are drained.
   void release(uint64_t consumed) {
-    const uint64_t chunks =
-        consumed == num_slots_ ? num_chunks_of(ring_, num_slots_) : consumed / ring_.slots_per_chunk;
+    const uint64_t chunks = consumed == num_slots_ ? num_chunks_of(ring_, num_slots_)
+                                                   : consumed / ring_.slots_per_chunk;
     while (begin_ + chunks > *place_.total) {
       const uint64_t news = begin_ + chunks - *place_.total;
       const uint32_t count = uint32_t(news < kMaxCommandCount ? news : kMaxCommandCount);
-      if (!fifo_.push(encode({CommandKind::kSignal, place_.credit_channel, count, 0, 0, 0}))) return;
+      if (!fifo_.push(encode({CommandKind::kSignal, place_.credit_channel, count, 0, 0, 0})))
+        return;
       *place_.total += count;
     }
   }
@@ -122,8 +127,10 @@ class RecvRing {
 // Life-long chunk totals of every ring end of a rank.
 struct RingTotals {
   explicit RingTotals(const Group& group)
-      : dispatch_sent(size_t(group.num_nodes())), combine_received(size_t(group.num_nodes())),
-        dispatch_received(size_t(group.num_ranks())), combine_sent(size_t(group.num_ranks())) {}
+      : dispatch_sent(size_t(group.num_nodes())),
+        combine_received(size_t(group.num_nodes())),
+        dispatch_received(size_t(group.num_ranks())),
+        combine_sent(size_t(group.num_ranks())) {}
   std::vector<uint64_t> dispatch_sent;      // [node]
   std::vector<uint64_t> combine_received;   // [node]
   std::vector<uint64_t> dispatch_received;  // [source]

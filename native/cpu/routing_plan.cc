@@ -40,8 +40,7 @@ std::string count_tokens(const Group& group, const DispatchCall& call, int num_t
         return "expert id " + std::to_string(expert) + slot_text(group.rank(), t, k) +
                " is not -1 or in 0.." + std::to_string(group.num_experts() - 1);
       if (!experts.is_first(int(expert), t))
-        return "expert " + std::to_string(expert) + " occurs twice" +
-               slot_text(group.rank(), t, k);
+        return "expert " + std::to_string(expert) + " occurs twice" + slot_text(group.rank(), t, k);
       if (call.topk_weights != nullptr && !std::isfinite(call.topk_weights[t * num_topk + k]))
         return "weight " + std::to_string(call.topk_weights[t * num_topk + k]) +
                slot_text(group.rank(), t, k) + " is not finite";
@@ -133,8 +132,7 @@ void build_plan(const Group& group, const DispatchCall& call, HandleData* handle
     handle->expert_offset.push_back(
         align_up(handle->expert_offset.back() + total, handle->alignment));
   }
-  handle->num_rows =
-      count_rows(group, counts, handle->layout, handle->alignment, group.rank());
+  handle->num_rows = count_rows(group, counts, handle->layout, handle->alignment, group.rank());
   handle->forward_records.assign(size_t(group.num_ranks()), {});
   for (int s : group.in_sources(group.rank()))
     handle->forward_records[size_t(s)].resize(size_t(counts.node(s, group.node())) *
@@ -188,8 +186,8 @@ CombineLanding::CombineLanding(const Group& group, const RoutingCounts& counts, 
   for (int source : sources) {
     for (int writer : group.ranks_of_node(group.node_of(collector))) {
       offsets_[size_t(source) * num_ranks_ + size_t(writer)] = total_bytes_;
-      total_bytes_ = align_up(total_bytes_ + counts.rank(source, writer) * slot_bytes,
-                              Heap::kAlignment);
+      total_bytes_ =
+          align_up(total_bytes_ + counts.rank(source, writer) * slot_bytes, Heap::kAlignment);
     }
   }
 }

@@ -37,8 +37,8 @@ struct LandingShape {
 DispatchLanding dispatch_landing(const Group& group, const RoutingCounts& counts,
                                  const LandingShape& shape, int rank);
 
-// Landing of partial rows during a combine: offset of (source, writer) in the grant of the rank that
-// collects source's rows on the node of `collector`; total = offset past the end.
+// Landing of partial rows during a combine: offset of (source, writer) in the grant of the rank
+// that collects source's rows on the node of `collector`; total = offset past the end.
 class CombineLanding {
  public:
   CombineLanding(const Group& group, const RoutingCounts& counts, size_t slot_bytes, int collector);

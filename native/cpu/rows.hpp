@@ -1,5 +1,5 @@
-// Arithmetic on rows: fixed-order reductions and the FP8 cast. Two builds of one source (AVX2 + FMA,
-// generic) chosen once at run time; both give the same bits.
+// Arithmetic on rows: fixed-order reductions and the FP8 cast. Two builds of one source (AVX2 +
+// FMA, generic) chosen once at run time; both give the same bits.
 #pragma once
 
 #include "common/types.hpp"
@@ -24,8 +24,8 @@ struct Reduction {
 struct RowKernels {
   const char* name;
   void (*reduce)(const Reduction& reduction);
-  // row (F32 or BF16) -> E4M3 and one FP32 scale per kScaleBlock elements: s = max(|x|, 1e-4) / 448,
-  // kE4m3Pow2: rounded up to a power of two; q = e4m3(x / s), round to nearest even.
+  // row (F32 or BF16) -> E4M3 and one FP32 scale per kScaleBlock elements: s = max(|x|, 1e-4) /
+  // 448, kE4m3Pow2: rounded up to a power of two; q = e4m3(x / s), round to nearest even.
   void (*cast)(uint8_t* dst, float* scales, const void* row, Dtype dtype, size_t num_elements,
                Cast cast);
 };

@@ -16,14 +16,18 @@ static inline uint16_t f32_to_bf16(float value) {
 
 template <typename T>
 static inline float load(const T* row, size_t i) {
-  if constexpr (sizeof(T) == 2) return bf16_to_f32(row[i]);
-  else return row[i];
+  if constexpr (sizeof(T) == 2)
+    return bf16_to_f32(row[i]);
+  else
+    return row[i];
 }
 
 template <typename T>
 static inline void store(T* row, size_t i, float value) {
-  if constexpr (sizeof(T) == 2) row[i] = f32_to_bf16(value);
-  else row[i] = value;
+  if constexpr (sizeof(T) == 2)
+    row[i] = f32_to_bf16(value);
+  else
+    row[i] = value;
 }
 
 template <typename T>
@@ -65,8 +69,10 @@ static void reduce_typed(const Reduction& r) {
 }
 
 static void reduce(const Reduction& r) {
-  if (r.dtype == Dtype::kBf16) reduce_typed<uint16_t>(r);
-  else reduce_typed<float>(r);
+  if (r.dtype == Dtype::kBf16)
+    reduce_typed<uint16_t>(r);
+  else
+    reduce_typed<float>(r);
 }
 
 // E4M3 (no infinities, NaN = 0x7f): round to nearest even on the bits, saturate at 448.
@@ -109,6 +115,8 @@ static void cast_typed(uint8_t* dst, float* scales, const T* row, size_t n, Cast
 }
 
 static void cast(uint8_t* dst, float* scales, const void* row, Dtype dtype, size_t n, Cast mode) {
-  if (dtype == Dtype::kBf16) cast_typed(dst, scales, static_cast<const uint16_t*>(row), n, mode);
-  else cast_typed(dst, scales, static_cast<const float*>(row), n, mode);
+  if (dtype == Dtype::kBf16)
+    cast_typed(dst, scales, static_cast<const uint16_t*>(row), n, mode);
+  else
+    cast_typed(dst, scales, static_cast<const float*>(row), n, mode);
 }

@@ -6,10 +6,10 @@
 #include <sys/statvfs.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cassert>
 #include <cerrno>
-#include <algorithm>
 #include <cstring>
 #include <map>
 #include <mutex>
@@ -68,10 +68,12 @@ Arena::Arena(size_t head_bytes, size_t heap_bytes, size_t max_bytes)
   fd_ = open_unlinked();
   try {
     commit(first);
-    void* mapped = mmap(nullptr, max_bytes_, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd_, 0);
+    void* mapped =
+        mmap(nullptr, max_bytes_, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd_, 0);
     if (mapped == MAP_FAILED)
-      throw CapacityException("mapping " + mib(max_bytes_) + " of address space failed: " +
-                                  std::strerror(errno) + "; lower max_arena_bytes or raise ulimit -v",
+      throw CapacityException("mapping " + mib(max_bytes_) +
+                                  " of address space failed: " + std::strerror(errno) +
+                                  "; lower max_arena_bytes or raise ulimit -v",
                               max_bytes_, 0);
     mapping_ = std::make_shared<Mapping>(static_cast<uint8_t*>(mapped), max_bytes_);
   } catch (...) {
@@ -138,11 +140,11 @@ ArenaView::ArenaView(const ArenaAddress& address) {
       "/proc/" + std::to_string(address.pid) + "/fd/" + std::to_string(address.fd);
   const int fd = open(path.c_str(), O_RDWR | O_CLOEXEC);
   if (fd < 0)
-    throw ConfigException("cannot open " + path + " of a rank on the same node: " +
-                          std::strerror(errno) +
+    throw ConfigException("cannot open " + path +
+                          " of a rank on the same node: " + std::strerror(errno) +
                           "; ranks of a node must run as one user and share a pid namespace");
-  void* mapped = mmap(nullptr, address.max_bytes, PROT_READ | PROT_WRITE,
-                      MAP_SHARED | MAP_NORESERVE, fd, 0);
+  void* mapped =
+      mmap(nullptr, address.max_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, 0);
   const int error = errno;
   close(fd);
   if (mapped == MAP_FAILED)

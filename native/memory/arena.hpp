@@ -14,12 +14,14 @@ namespace commlib {
 struct ArenaAddress {
   int64_t pid = 0;
   int64_t fd = -1;
-  uint64_t instance = 0;  // process-unique: ranks that are threads share the mapping (see ArenaView)
+  uint64_t instance =
+      0;  // process-unique: ranks that are threads share the mapping (see ArenaView)
   uint64_t max_bytes = 0;
 };
 
-// Address space of an arena. Ranks that are threads of one process share it (see ArenaView), and the
-// last of them unmaps it: a rank that closes first must not pull the memory from under the others.
+// Address space of an arena. Ranks that are threads of one process share it (see ArenaView), and
+// the last of them unmaps it: a rank that closes first must not pull the memory from under the
+// others.
 struct Mapping {
   Mapping(uint8_t* at, size_t size) : base(at), bytes(size) {}
   ~Mapping();

@@ -51,9 +51,7 @@ class Mesh {
       remote_[size_t(peer)].emplace(group_, peer, config);
   }
 
-  void map_peer(int rank, const ArenaAddress& address) {
-    views_[size_t(rank)].emplace(address);
-  }
+  void map_peer(int rank, const ArenaAddress& address) { views_[size_t(rank)].emplace(address); }
 
   const Group& group() const { return group_; }
   const ControlRegion& control() const { return control_; }

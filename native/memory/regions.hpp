@@ -47,7 +47,9 @@ struct ControlRegion {
   }
 
   size_t fault_count_of(int rank) const { return fault_count + kLine * size_t(rank); }
-  size_t fault_record_of(int rank) const { return fault_record + sizeof(FaultRecord) * size_t(rank); }
+  size_t fault_record_of(int rank) const {
+    return fault_record + sizeof(FaultRecord) * size_t(rank);
+  }
   size_t exchange_epoch_of(int rank) const { return exchange_epoch + kLine * size_t(rank); }
   size_t exchange_row_of(uint64_t epoch, int rank) const {
     return exchange_row + ((epoch & 1) * num_ranks_ + size_t(rank)) * row_bytes_;
@@ -66,22 +68,22 @@ struct ControlRegion {
 // Registered region of one rank. Indices: rank = any rank, node = any node (unused entries cost a
 // line each and keep the table simple); rings exist only for real partners.
 struct RegisteredRegion {
-  size_t heartbeat_in = 0;         // [rank]
-  size_t heartbeat_out = 0;        // source words of our own puts
-  size_t fault_count_in = 0;       // [rank]
-  size_t fault_record_in = 0;      // [rank]
+  size_t heartbeat_in = 0;     // [rank]
+  size_t heartbeat_out = 0;    // source words of our own puts
+  size_t fault_count_in = 0;   // [rank]
+  size_t fault_record_in = 0;  // [rank]
   size_t fault_record_out = 0;
-  size_t exchange_count_in = 0;    // [source] rows that arrived
-  size_t exchange_row_in = 0;      // [generation][source]
-  size_t exchange_row_out = 0;     // [generation]
-  size_t dispatch_count_in = 0;    // [source] chunks that arrived
-  size_t dispatch_credit_in = 0;   // [node] chunks that the rail there has drained
-  size_t combine_count_in = 0;     // [node] chunks that arrived from the rail there
-  size_t combine_credit_in = 0;    // [source] chunks that the source has drained
-  size_t dispatch_recv_ring = 0;   // [in_source index]
-  size_t dispatch_send_ring = 0;   // [remote node index]
-  size_t combine_recv_ring = 0;    // [remote node index]
-  size_t combine_send_ring = 0;    // [in_source index]
+  size_t exchange_count_in = 0;   // [source] rows that arrived
+  size_t exchange_row_in = 0;     // [generation][source]
+  size_t exchange_row_out = 0;    // [generation]
+  size_t dispatch_count_in = 0;   // [source] chunks that arrived
+  size_t dispatch_credit_in = 0;  // [node] chunks that the rail there has drained
+  size_t combine_count_in = 0;    // [node] chunks that arrived from the rail there
+  size_t combine_credit_in = 0;   // [source] chunks that the source has drained
+  size_t dispatch_recv_ring = 0;  // [in_source index]
+  size_t dispatch_send_ring = 0;  // [remote node index]
+  size_t combine_recv_ring = 0;   // [remote node index]
+  size_t combine_send_ring = 0;   // [in_source index]
   size_t total_bytes = 0;
   size_t ring_bytes = 0;
 

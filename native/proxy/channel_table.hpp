@@ -9,7 +9,13 @@
 
 namespace commlib {
 
-enum class ChannelPurpose { kExchange, kDispatchData, kCombineCredit, kCombineData, kDispatchCredit };
+enum class ChannelPurpose {
+  kExchange,
+  kDispatchData,
+  kCombineCredit,
+  kCombineData,
+  kDispatchCredit
+};
 
 struct ChannelSpec {
   ChannelPurpose purpose;

@@ -25,10 +25,9 @@ Monitor::Monitor(Mesh& mesh, Transport* transport, FaultBoard& board, double hea
 }
 
 uint64_t Monitor::read_beat(const Peer& peer) const {
-  const uint64_t* word =
-      peer.is_local ? mesh_.arena_word(peer.rank, mesh_.control().heartbeat)
-                    : mesh_.registered_word(RegisteredRegion::line(
-                          mesh_.registered().heartbeat_in, peer.rank));
+  const uint64_t* word = peer.is_local ? mesh_.arena_word(peer.rank, mesh_.control().heartbeat)
+                                       : mesh_.registered_word(RegisteredRegion::line(
+                                             mesh_.registered().heartbeat_in, peer.rank));
   return load_acquire(word);  // partner: beat() at the peer
 }
 
@@ -37,8 +36,7 @@ void Monitor::beat(uint64_t value) {
   store_release(mesh_.arena_word(me, mesh_.control().heartbeat), value);
   for (const Peer& peer : peers_) {
     if (peer.is_local) continue;
-    const size_t there =
-        RegisteredRegion::line(mesh_.registered_of(peer.rank).heartbeat_in, me);
+    const size_t there = RegisteredRegion::line(mesh_.registered_of(peer.rank).heartbeat_in, me);
     transport_->put_signal(peer.rank, there, value);
   }
 }

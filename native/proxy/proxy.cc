@@ -8,8 +8,8 @@
 namespace commlib {
 namespace {
 
-constexpr int kBatch = 64;             // commands between two rounds of fence and signals
-constexpr uint64_t kNoChannel = ~0ull; // token of puts that are not channel commands
+constexpr int kBatch = 64;              // commands between two rounds of fence and signals
+constexpr uint64_t kNoChannel = ~0ull;  // token of puts that are not channel commands
 
 uint64_t make_token(uint32_t channel, uint64_t index) { return uint64_t(channel) << 48 | index; }
 

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "common/backoff.hpp"
 #include "tests/oracle.hpp"
 
 namespace commlib::testing {
@@ -53,9 +54,13 @@ class FaultBed {
   void stall(int rank, const char* role) {
     is_stalled_ = true;
     group_.engine(rank).executor().set_step_filter([this, role](const char* name) {
-      return !is_stalled_ || (role != nullptr && std::strcmp(role, name) != 0);
+      if (!is_stalled_ || (role != nullptr && std::strcmp(role, name) != 0)) return true;
+      is_reached_ = true;
+      return false;
     });
   }
+  // A stalled rank has come to the role.
+  bool is_reached() const { return is_reached_; }
   void go_on() { is_stalled_ = false; }
 
   Ops make(OpKind kind) { return kind == OpKind::kCombine ? combines() : dispatches(); }
@@ -95,6 +100,7 @@ class FaultBed {
   Scene scene_;
   std::vector<std::vector<float>> ys_, outs_;
   std::atomic<bool> is_stalled_{false};
+  std::atomic<bool> is_reached_{false};
   bool is_warm_ = false;
   Ops handles_;
   EngineGroup group_;

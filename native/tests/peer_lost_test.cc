@@ -89,6 +89,7 @@ TEST_CASE("a rank that is destroyed in the middle of an operation is lost at onc
     bed.group().submit(ops);
     bed.group().submit(after);
     // The others are in the data phase, writing into the memory of the victim.
+    REQUIRE(wait_until([&] { return bed.is_reached(); }));
     const double begin = now_s();
     bed.group().destroy(victim);
     const std::vector<Outcome> outcomes = EngineGroup::wait(after);

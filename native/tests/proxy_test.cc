@@ -121,8 +121,9 @@ TEST_CASE("several FIFOs feed one proxy") {
   end.proxy().start();
   for (int i = 0; i < 3; ++i) {
     FifoProducer producer{end.proxy().fifo(i)};
+    const uint32_t channel = end.proxy().channels().to_node(ChannelPurpose::kDispatchData, i + 1);
     for (int n = 0; n < 50; ++n)
-      REQUIRE(producer.push(encode({CommandKind::kPut, uint32_t(i), 1, 16, 0, size_t(n) * 16})));
+      REQUIRE(producer.push(encode({CommandKind::kPut, channel, 1, 16, 0, size_t(n) * 16})));
   }
   REQUIRE(wait_until([&] { return fake.events(Event::kPut).size() == 150; }));
   std::map<int, size_t> next;  // order within a FIFO is kept

@@ -45,8 +45,10 @@ uint64_t* GoodputProbe::ack_word(int peer) const {
 
 void GoodputProbe::step(double deadline) {
   thread_local Backoff backoff(100);
-  if (transport_->progress() > 0) backoff.reset();
-  else backoff.wait();
+  if (transport_->progress() > 0)
+    backoff.reset();
+  else
+    backoff.wait();
   if (const auto fault = transport_->take_fault())
     throw TransportException(fault->call, fault->code, fault->peer, fault->message);
   if (now_s() > deadline)

@@ -138,11 +138,6 @@ class Case:
         return out
 
 
-def identity_case(work: Workload, nodes: tuple[int, ...], layout: str, dtype: torch.dtype, alignment: int) -> Case:
-    xs = [identity_payload(rank, count, HIDDEN, dtype) for rank, count in enumerate(work.num_tokens)]
-    return Case(work, nodes, layout, alignment, xs)
-
-
 def random_case(
     work: Workload, nodes: tuple[int, ...], layout: str, dtype: torch.dtype, alignment: int, fp8: str | None = None
 ) -> Case:
@@ -161,51 +156,43 @@ def identity_cases(names: Sequence[str], nodes: tuple[int, ...]) -> Iterator[Cas
         work = workload_of(name, nodes)
         for layout in LAYOUTS:
             for dtype in DTYPES:
-                yield identity_case(work, nodes, layout, dtype, ALIGNMENTS[number % len(ALIGNMENTS)])
+                xs = [identity_payload(rank, count, HIDDEN, dtype) for rank, count in enumerate(work.num_tokens)]
+                yield Case(work, nodes, layout, ALIGNMENTS[number % len(ALIGNMENTS)], xs)
 
 
-def check_cases(group: Bootstrap, names: Sequence[str], nodes: tuple[int, ...], **config: Any) -> list[Tensor]:
-    """All `names` on one Runtime each shape; returns the combined tokens."""
+def check_cases(runtime: Runtime, names: Sequence[str], nodes: tuple[int, ...]) -> list[Tensor]:
+    """Returns the combined tokens."""
     combined = []
-    for part in (
-        [name for name in names if name != "one_expert_per_rank"],
-        [name for name in names if name == "one_expert_per_rank"],
-    ):
-        if not part:
-            continue
-        settings = config_of(workload_of(part[0], nodes), **config)
-        with Runtime(group, settings, topology=Topology(nodes)) as runtime:
-            for seed, case in enumerate(identity_cases(part, nodes)):
-                got = case.dispatch(runtime)
-                assert_identity(got.x, case.expected[runtime.rank].source)
-                case.check(runtime, got)
-                dtype = case.xs[0].dtype
-                combined.append(case.combine(runtime, got, dtype, seed, is_weighted=False, has_grads=False))
-                combined.append(case.combine(runtime, got, dtype, seed, is_weighted=True, has_grads=True))
+    for seed, case in enumerate(identity_cases(names, nodes)):
+        got = case.dispatch(runtime)
+        assert_identity(got.x, case.expected[runtime.rank].source)
+        case.check(runtime, got)
+        dtype = case.xs[0].dtype
+        combined.append(case.combine(runtime, got, dtype, seed, is_weighted=False, has_grads=False))
+        combined.append(case.combine(runtime, got, dtype, seed, is_weighted=True, has_grads=True))
     return combined
 
 
-def check_fp8(group: Bootstrap, nodes: tuple[int, ...], names: Sequence[str], layouts: Sequence[str]) -> None:
+def check_fp8(runtime: Runtime, names: Sequence[str], nodes: tuple[int, ...], layouts: Sequence[str]) -> None:
     """Casts on the way, rows that are FP8 already, and both by handle; combine goes back in BF16 and FP32."""
-    with Runtime(group, config_of(workload_of(names[0], nodes)), topology=Topology(nodes)) as runtime:
-        rank = runtime.rank
-        for seed, (name, layout) in enumerate((name, layout) for name in names for layout in layouts):
-            work = workload_of(name, nodes)
-            for kind, dtype in (("fp32", torch.bfloat16), ("pow2", torch.float32)):
-                case = random_case(work, nodes, layout, dtype, 8, kind)
-                got = case.dispatch(runtime)
-                case.check(runtime, got)
-                q, scales = quantize_e4m3(case.xs[rank], pow2=kind == "pow2")
-                case.check(runtime, case.dispatch(runtime, x=q, scales=scales, fp8=None))
-                case.combine(runtime, got, dtype, seed, is_weighted=True, has_grads=False)
-                what = f"{case.name} by handle"
-                by_handle = runtime.dispatch(case.xs[rank], handle=got.handle, fp8=kind)
-                assert_dispatched(by_handle, case.expected[rank], what, is_by_handle=True)
-                by_handle = runtime.dispatch(q, scales=scales, handle=got.handle)
-                assert_dispatched(by_handle, case.expected[rank], what, is_by_handle=True)
-                plain = random_case(work, nodes, layout, dtype, 8)
-                by_handle = runtime.dispatch(plain.xs[rank], handle=got.handle)
-                assert_dispatched(by_handle, plain.expected[rank], f"{what}, not cast", is_by_handle=True)
+    rank = runtime.rank
+    for seed, (name, layout) in enumerate((name, layout) for name in names for layout in layouts):
+        work = workload_of(name, nodes)
+        for kind, dtype in (("fp32", torch.bfloat16), ("pow2", torch.float32)):
+            case = random_case(work, nodes, layout, dtype, 8, kind)
+            got = case.dispatch(runtime)
+            case.check(runtime, got)
+            q, scales = quantize_e4m3(case.xs[rank], pow2=kind == "pow2")
+            case.check(runtime, case.dispatch(runtime, x=q, scales=scales, fp8=None))
+            case.combine(runtime, got, dtype, seed, is_weighted=True, has_grads=False)
+            what = f"{case.name} by handle"
+            by_handle = runtime.dispatch(case.xs[rank], handle=got.handle, fp8=kind)
+            assert_dispatched(by_handle, case.expected[rank], what, is_by_handle=True)
+            by_handle = runtime.dispatch(q, scales=scales, handle=got.handle)
+            assert_dispatched(by_handle, case.expected[rank], what, is_by_handle=True)
+            plain = random_case(work, nodes, layout, dtype, 8)
+            by_handle = runtime.dispatch(plain.xs[rank], handle=got.handle)
+            assert_dispatched(by_handle, plain.expected[rank], f"{what}, not cast", is_by_handle=True)
 
 
 def digest(tensors: Sequence[Tensor]) -> str:
@@ -215,34 +202,50 @@ def digest(tensors: Sequence[Tensor]) -> str:
     return sha.hexdigest()
 
 
+def open_for(group: Bootstrap, name: str, nodes: tuple[int, ...], **config: Any) -> Runtime:
+    return Runtime(group, config_of(workload_of(name, nodes), **config), topology=Topology(nodes))
+
+
+FEW = ("uniform", "masked", "empty_rank")
+OF_ONE_SHAPE = [name for name in WORKLOADS if name != "one_expert_per_rank"]
+
+
+def check_topology(
+    group: Bootstrap, nodes: tuple[int, ...], names: Sequence[str], *, is_complete: bool
+) -> list[Tensor]:
+    with open_for(group, "uniform", nodes) as runtime:
+        check_fp8(runtime, ("masked", "uneven"), nodes, LAYOUTS if is_complete else ("grouped",))
+        combined = check_cases(runtime, FEW, nodes)
+        check_cases(runtime, [name for name in names if name not in FEW], nodes)
+        if nodes == SEVERAL_NODES[0]:
+            assert digest(check_cases(runtime, FEW, nodes)) == digest(combined)
+    if is_complete and len(nodes) == 4:
+        with open_for(group, "one_expert_per_rank", nodes, num_threads=2) as runtime:
+            check_cases(runtime, ["one_expert_per_rank"], nodes)
+        with open_for(group, "uniform", nodes, num_threads=2) as runtime:
+            assert digest(check_cases(runtime, FEW, nodes)) == digest(combined)
+    return combined
+
+
 def oracle_rank(ports: list[int], is_complete: bool) -> None:
     """Ends with a hash of the combined tokens of three topologies."""
     rank = int(os.environ["COMMLIB_RANK"])
-    few = ("uniform", "masked", "empty_rank")
     for port, nodes in zip(ports, ONE_NODE if is_complete else [], strict=False):
         if rank < len(nodes):
             group = part_of_job(port, rank, len(nodes))
-            check_cases(group, WORKLOADS if len(nodes) == 4 else few, nodes)
-            check_fp8(group, nodes, ("uniform",), LAYOUTS)
+            check_topology(group, nodes, OF_ONE_SHAPE if len(nodes) == 4 else FEW, is_complete=True)
             group.close()
     group = part_of_job(ports[-1], rank, 4)
     combined: list[Tensor] = []
     for nodes in SEVERAL_NODES:
-        combined += check_cases(group, few, nodes)
-        check_fp8(group, nodes, ("masked", "uneven"), LAYOUTS if is_complete else ("grouped",))
-        if is_complete:
-            check_cases(group, [name for name in WORKLOADS if name not in few], nodes)
-            check_cases(group, few, nodes, num_threads=2)
-    if is_complete:
-        check_cases(group, few, ONE_NODE[3], num_threads=2)
-    again = [tokens for nodes in SEVERAL_NODES for tokens in check_cases(group, few, nodes)]
-    assert digest(again) == digest(combined)
+        names = OF_ONE_SHAPE if is_complete else FEW
+        combined += check_topology(group, nodes, names, is_complete=is_complete)
     group.close()
     print(digest(combined))
 
 
 def test_every_workload_is_bitwise_what_the_oracle_says() -> None:
-    """On 1 to 4 ranks of a node and 4 ranks of 2, 3 and 4 nodes; then the same bits over another transport."""
+    """On 1 to 4 ranks of a node and 4 ranks of 2 and 4 nodes; then the same bits in other processes, over TCP."""
     ports = free_ports(5)
     default = check_ranks(f"{HERE}:oracle_rank", 4, args=[ports, True], timeout_s=280)
     tcp = check_ranks(f"{HERE}:oracle_rank", 4, args=[ports, False], env={"UCX_TLS": "tcp,self"}, timeout_s=200)

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import time
+import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.multirank
 
 HERE = Path(__file__).stem
 HIDDEN = 1024
-HEARTBEAT_S = 2.0
+HEARTBEAT_S = 1.5
 # Beyond a limit of ours: a tick of the monitor (heartbeat / 20), passing the news on, and a machine with other work.
 SLACK_S = 2.0
 NEVER_S = 60.0  # a limit that must not be what ends a wait
@@ -41,12 +42,17 @@ def nothing_remains() -> Iterator[None]:
     before = shared_memory()
     yield
     del os.environ["TEST_FAULTS_MARK"]
-    end = time.monotonic() + 5  # other programs of the machine come and go
-    while (new := shared_memory() - before) and time.monotonic() < end:
-        time.sleep(0.1)
-    assert new == set()
     marked = f"TEST_FAULTS_MARK={mark}".encode()
-    assert [path for path in Path("/proc").glob("[0-9]*/environ") if marked in read(path)] == []
+
+    def remains() -> list[str]:
+        running = [str(path) for path in Path("/proc").glob("[0-9]*/environ") if marked in read(path)]
+        return running + sorted(shared_memory() - before)
+
+    # mpirun ends a moment before the ranks that it kills; and other programs of the machine come and go.
+    end = time.monotonic() + 10
+    while remains() and time.monotonic() < end:
+        time.sleep(0.1)
+    assert remains() == []
 
 
 def read(path: Path) -> bytes:
@@ -57,7 +63,7 @@ def read(path: Path) -> bytes:
 
 
 def shared_memory() -> set[str]:
-    """POSIX names and System V segments that nobody has attached."""
+    """POSIX names of ours and of UCX, and System V segments that nobody has attached."""
     posix = {name for name in os.listdir("/dev/shm") if name.startswith(("commlib", "ucx"))}
     segments = [line.split() for line in Path("/proc/sysvipc/shm").read_text().splitlines()[1:]]
     return posix | {f"sysv {fields[1]}" for fields in segments if fields[6] == "0"}
@@ -300,8 +306,7 @@ def check_lost_while_stopped(results: list[RankResult]) -> None:
 # --- under mpirun -------------------------------------------------------------------------------------------------
 
 
-def mpi_killed_rank() -> None:
-    """Uncaught: what a training script would show."""
+def mpi_stopped_rank() -> None:
     from mpi4py import MPI
 
     config = commlib.RuntimeConfig(
@@ -310,19 +315,22 @@ def mpi_killed_rank() -> None:
     runtime = commlib.Runtime(MPI.COMM_WORLD, config, topology=Topology((0, 0, 1)))
     check_usable(runtime)
     if runtime.rank == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    runtime.dispatch(*inputs(runtime))
+        os.kill(os.getpid(), signal.SIGSTOP)
+    try:
+        runtime.dispatch(*inputs(runtime))
+    except commlib.CommError:
+        traceback.print_exc()
+        time.sleep(2)  # whoever leaves first with an error takes the others along
+        raise
 
 
 def test_survivors_under_mpirun_show_their_exception() -> None:
-    """With MPICH's own reaction to a dead rank, to kill all others at once, switched off."""
-    results = run_ranks(
-        f"{HERE}:mpi_killed_rank", 3, launcher="mpirun", mpirun_args=["-disable-auto-cleanup"], timeout_s=30
-    )
+    """Of a rank that no longer runs. One that is killed, mpirun would see first: it kills all others within
+    milliseconds, and with -disable-auto-cleanup now and then all the same (Hydra 5.0.2, one run of ten)."""
+    results = run_ranks(f"{HERE}:mpi_stopped_rank", 3, launcher="mpirun", timeout_s=30)
     for rank in (0, 2):
-        assert results[rank].returncode == 1, results[rank]
-        assert "PeerLostError: rank 1 is lost: " in results[rank].stderr, results[rank].stderr
-    assert results[1].returncode != 0 and "PeerLostError" not in results[1].stderr.partition("launcher")[0]
+        assert "PeerLostError: rank 1 is lost: no heartbeat for" in results[rank].stderr, results[rank].stderr
+    assert all(result.returncode != 0 for result in results)
 
 
 def mpi_absent_rank() -> None:

@@ -18,13 +18,13 @@ from typing import Any
 import pytest
 
 import commlib
-from commlib.testing.spawn import check_ranks
+from commlib.testing.spawn import check_ranks, free_port
 from commlib.topology import Topology
 
 pytestmark = pytest.mark.multirank
 
 HERE = Path(__file__).stem
-NODES = Topology((0, 0, 1, 1))
+NODES = {4: Topology((0, 0, 1, 1)), 3: Topology((0, 0, 1))}
 NUM_ROUNDS = 20
 
 # Everything that moves data, synchronises or makes something that does; with the large-count forms (_c) of MPI 4.
@@ -94,11 +94,11 @@ def compile_counter(folder: Path) -> Path:
     return library
 
 
-def make_runtime(group: Any) -> commlib.Runtime:
+def make_runtime(group: Any, num_ranks: int) -> commlib.Runtime:
     settings = commlib.RuntimeConfig(
-        hidden=64, num_experts=8, num_topk=2, max_tokens=16, expert_alignment=1, arena_bytes=4096, timeout_s=30.0
+        hidden=64, num_experts=12, num_topk=2, max_tokens=16, expert_alignment=1, arena_bytes=4096, timeout_s=30.0
     )
-    return commlib.Runtime(group, settings, topology=NODES)
+    return commlib.Runtime(group, settings, topology=NODES[num_ranks])
 
 
 def use(runtime: commlib.Runtime) -> None:
@@ -109,7 +109,7 @@ def use(runtime: commlib.Runtime) -> None:
         num_tokens = (number * 7 + runtime.rank) % 40
         x = np.full((num_tokens, 64), runtime.rank + 1.0, dtype=np.float32)
         tokens = np.arange(num_tokens)
-        idx = np.stack([tokens % 8, (tokens + 3) % 8], axis=1).astype(np.int64)
+        idx = np.stack([tokens % 12, (tokens + 5) % 12], axis=1).astype(np.int64)
         got = runtime.dispatch(x, idx)
         assert (np.asarray(runtime.combine(got.x, got.handle).x) == 2 * x).all()
         runtime.barrier()
@@ -139,7 +139,7 @@ def mpi_rank() -> None:
     assert count(lambda: world.Recv([bytearray(1), MPI.BYTE], source=(world.rank - 1) % 4, tag=1)) == 1
     assert count(lambda: MPI.Request.Waitall(requests)) == 1 and count(lambda: world.Iprobe()) == 1
     made: list[commlib.Runtime] = []
-    assert count(lambda: made.append(make_runtime(world))) > 10  # the bootstrap is MPI's
+    assert count(lambda: made.append(make_runtime(world, 4))) > 10  # the bootstrap is MPI's
 
     assert count(lambda: use(made[0])) == 0, counter.last_call()
     assert count(made[0].close) == 0, counter.last_call()
@@ -170,7 +170,7 @@ def forbid_collectives(patch: pytest.MonkeyPatch) -> int:
             if not name.startswith("_") and inspect.isfunction(value):
                 patch.setattr(module, name, forbidden)
                 num_patched += 1
-    for cls in (dist.ProcessGroup, dist.Store, dist.TCPStore, dist.PrefixStore):
+    for cls in (dist.ProcessGroup, dist.distributed_c10d.Store, dist.distributed_c10d.PrefixStore):
         for name in vars(cls).copy():
             if not name.startswith("_") and callable(getattr(cls, name)):
                 patch.setattr(cls, name, forbidden)
@@ -178,14 +178,15 @@ def forbid_collectives(patch: pytest.MonkeyPatch) -> int:
     return num_patched
 
 
-def torch_rank() -> None:
+def torch_rank(port: int) -> None:
     import torch
     import torch.distributed as dist
 
-    dist.init_process_group("gloo")
+    rank = int(os.environ["COMMLIB_RANK"])
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=3)
     world = dist.group.WORLD
     assert world is not None
-    runtime = make_runtime(world)
+    runtime = make_runtime(world, 3)
     with pytest.MonkeyPatch.context() as patch:
         assert forbid_collectives(patch) > 100
         for collective in (dist.barrier, lambda: dist.all_gather([], torch.zeros(1)), world.barrier):
@@ -198,7 +199,7 @@ def torch_rank() -> None:
 
 
 def test_no_torch_collective_between_construction_and_close() -> None:
-    check_ranks(f"{HERE}:torch_rank", 4, launcher="torchrun", timeout_s=100)
+    check_ranks(f"{HERE}:torch_rank", 3, args=[free_port()], timeout_s=100)
 
 
 def test_the_counter_sees_what_mpi_has() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from commlib import ops
 from commlib.bootstrap import Bootstrap
 from commlib.errors import ConfigError
+from commlib.handle import Dispatched
 from commlib.quant import dequantize, quantize_e4m3
 from commlib.runtime import Runtime
 from commlib.testing.payloads import random_payload
@@ -85,7 +86,7 @@ def masked_weights(work: Workload, rank: int, plan: Plan) -> Tensor:
 # --- on the ranks -------------------------------------------------------------------------------------------------
 
 
-def grouped_experts(d: ops.Dispatched, scale: Tensor, shift: Tensor) -> Tensor:
+def grouped_experts(d: Dispatched, scale: Tensor, shift: Tensor) -> Tensor:
     parts, start = [], 0
     for expert, count in enumerate(d.num_tokens_per_expert):
         rows = -(-count // 8) * 8
@@ -94,7 +95,7 @@ def grouped_experts(d: ops.Dispatched, scale: Tensor, shift: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def rows_experts(d: ops.Dispatched, scale: Tensor, shift: Tensor) -> Tensor:
+def rows_experts(d: Dispatched, scale: Tensor, shift: Tensor) -> Tensor:
     """Sums over the experts of a row here, with the routing weights."""
     total = torch.zeros_like(d.x)
     for slot in range(d.topk_idx.shape[1]):
@@ -129,7 +130,7 @@ def run_layer(runtime: Runtime, layer: Layer, plan: Plan) -> Gradients:
     else:
         y = grouped_experts(d, scale, shift) * d.row_weights[:, None]
         out = ops.combine(runtime, y, d.handle, grad_fp8=plan.grad_fp8)
-    (out * layer.targets[rank]).sum().backward()
+    (out * layer.targets[rank]).sum().backward()  # type: ignore[no-untyped-call]
     return Gradients(out.detach(), x.grad, weights.grad, scale.grad, shift.grad)
 
 
@@ -254,7 +255,7 @@ def check_rank_without_rows(runtime: Runtime) -> None:
         else:
             y = d.x * 2
         out = ops.combine(runtime, y, d.handle)
-        out.sum().backward()
+        out.sum().backward()  # type: ignore[no-untyped-call]
         # Each token has experts on ranks 0, 1 and 2: one of each (idx, idx + 2, idx + 4 modulo 6).
         assert x.grad is not None and weights.grad is not None
         assert_bits(x.grad, torch.full((9, HIDDEN), 4.0), f"rank {rank}, {layout}: x.grad")

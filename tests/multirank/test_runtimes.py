@@ -141,12 +141,13 @@ def use_group(group: Any, rank: int, size: int, *, number: int) -> None:
                 round_trip(runtime, number)
 
 
-def torch_groups_rank() -> None:
+def torch_groups_rank(port: int) -> None:
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
+    rank = int(os.environ["COMMLIB_RANK"])
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=4)
+    os.environ.update(MASTER_ADDR="127.0.0.1", RANK=str(rank), WORLD_SIZE="4", LOCAL_RANK=str(rank))  # for the mesh
     groups = [dist.new_group([0, 3]), dist.new_group([1, 2])]
     use_group(groups[rank in (1, 2)], int(rank in (2, 3)), 2, number=int(rank in (1, 2)))
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))
@@ -158,7 +159,7 @@ def torch_groups_rank() -> None:
 
 
 def test_torch_subgroups_and_mesh_dimensions() -> None:
-    check_ranks(f"{HERE}:torch_groups_rank", 4, launcher="torchrun", timeout_s=150)
+    check_ranks(f"{HERE}:torch_groups_rank", 4, args=[free_port()], timeout_s=150)
 
 
 def mpi_groups_rank() -> None:

@@ -232,13 +232,18 @@ class Runtime:
         """Barrier among all ranks, then frees everything. Idempotent; after a fault it waits for nobody.
 
         Rows that were handed out stay valid.
+
+        Raises:
+            CommTimeout, PeerLostError, TransportError: the barrier failed; everything is freed all the same.
         """
         if self._is_closed:
             return
         self._is_closed = True
         self._finalizer.detach()
-        self._engine.close()
+        outcome = self._engine.close()
         self._in_flight.clear()
+        if outcome.kind.name != "DONE":
+            raise error_of(outcome, self.rank)
 
     def __enter__(self) -> Runtime:
         return self

@@ -151,12 +151,8 @@ Outcome Engine::close() {
   if (is_connected_ && !board_.raised()) {
     auto barrier = std::make_shared<Op>();
     barrier->kind = OpKind::kBarrier;
-    try {
-      executor_->submit(barrier);
-      outcome = barrier->wait();
-    } catch (const ConfigException&) {  // the queue is full: not a clean end
-      outcome.kind = OutcomeKind::kRejected;
-    }
+    executor_->submit_last(barrier);
+    outcome = barrier->wait();
   }
   stop(is_connected_ && outcome.kind == OutcomeKind::kDone && !board_.raised());
   return outcome;

@@ -57,6 +57,12 @@ void Executor::submit(std::shared_ptr<Op> op) {
   wake_.notify_all();
 }
 
+void Executor::submit_last(std::shared_ptr<Op> op) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  queue_.push_back(std::move(op));
+  wake_.notify_all();
+}
+
 void Executor::coordinate() {
   for (;;) {
     std::shared_ptr<Op> op;
@@ -134,7 +140,7 @@ Outcome Executor::negotiate(Op& op, ExchangeTable* table, uint64_t* epoch) {
     grant_.reset();  // the old grant first, or there is nothing to take
     grant_ = std::make_shared<Slab>(mesh_.arena(), mesh_.arena()->heap().take_largest());
     header.grant_offset = grant_->offset();
-    header.grant_bytes = grant_->bytes();
+    if (header.status != RowStatus::kCapacity) header.grant_bytes = grant_->bytes();
     Outcome outcome = run_exchange(op, header, has_counts ? &counts : nullptr, table);
     *epoch = epoch_;
     if (outcome.kind == OutcomeKind::kFault) return outcome;
@@ -152,7 +158,8 @@ Outcome Executor::negotiate(Op& op, ExchangeTable* table, uint64_t* epoch) {
       mesh_.arena()->grow_for(needed[me]);
     } catch (const CapacityException& error) {
       header.status = RowStatus::kCapacity;
-      header.needed = needed[me];
+      header.needed = error.needed();
+      header.grant_bytes = error.available();
       set_text(&header, error.what());
     }
   }

@@ -41,6 +41,8 @@ class Executor {
 
   // Throws ConfigException if max_in_flight operations are queued or running.
   void submit(std::shared_ptr<Op> op);
+  // The barrier of close(), behind whatever is queued; no limit applies.
+  void submit_last(std::shared_ptr<Op> op);
 
   std::map<std::string, RoleCounters> counters() const;
   // Test hook: called with the role's name before each of its steps and with "exchange" before each

@@ -133,4 +133,10 @@ bool Monitor::is_closed(int peer) const {
   return false;
 }
 
+bool Monitor::are_remote_peers_closed() const {
+  return std::all_of(peers_.begin(), peers_.end(), [this](const Peer& peer) {
+    return peer.is_local || read_beat(peer) == kClosedBeat;
+  });
+}
+
 }  // namespace commlib

@@ -22,6 +22,7 @@ class Monitor {
   void say_closed();
   // A peer that said so.
   bool is_closed(int peer) const;
+  bool are_remote_peers_closed() const;
   double period_s() const { return period_s_; }
 
  private:

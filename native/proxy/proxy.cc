@@ -8,6 +8,9 @@
 namespace commlib {
 namespace {
 
+// To flush what is left (a fault record, the last good-bye); a peer that does not answer costs
+// this.
+constexpr double kShutdownS = 1.0;
 constexpr int kBatch = 64;              // commands between two rounds of fence and signals
 constexpr uint64_t kNoChannel = ~0ull;  // token of puts that are not channel commands
 
@@ -87,14 +90,33 @@ void Proxy::loop() {
     }
   }
   if (is_clean_stop_) {
-    const double deadline = now_s() + stop_timeout_s_;
-    while (drain() > 0 && now_s() < deadline)
-      if (transport_) transport_->progress();
-    monitor_->say_closed();
+    say_goodbye();
   } else if (board_.raised()) {
     monitor_->tick(now_s() + 1e6);  // the fault must reach the peers before we go
   }
-  if (transport_) transport_->shutdown(is_clean_stop_ ? stop_timeout_s_ : 0.2);
+  if (transport_) transport_->shutdown(kShutdownS);
+}
+
+// Leaves when everything of ours has arrived and every peer has said good-bye as well: a peer that
+// still flushes needs us to progress.
+void Proxy::say_goodbye() {
+  const double deadline = now_s() + stop_timeout_s_;
+  Backoff backoff(100);
+  const auto progress_until = [&](auto&& is_over) {
+    while (now_s() < deadline) {
+      const int events = drain() + (transport_ ? transport_->progress() : 0);
+      if (events > 0)
+        backoff.reset();
+      else if (is_over())
+        return;
+      else
+        backoff.wait();
+    }
+  };
+  const auto is_idle = [this] { return !transport_ || transport_->idle(); };
+  progress_until(is_idle);
+  monitor_->say_closed();
+  progress_until([&] { return is_idle() && monitor_->are_remote_peers_closed(); });
 }
 
 int Proxy::drain() {

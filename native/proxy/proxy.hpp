@@ -76,6 +76,7 @@ class Proxy : public PutListener {
   int drain();
   void post(const CommandFields& command);
   void signal_dirty();
+  void say_goodbye();
   void check_transport();
 
   Mesh& mesh_;

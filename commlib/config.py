@@ -22,7 +22,7 @@ _MAX_INDEX = 2**31 - 1
 _MAX_RECORD_BYTES = 1024
 
 # Fields that only concern the rank itself; everything else must be equal on all ranks.
-_LOCAL_FIELDS = frozenset({"num_threads", "arena_bytes", "timeout_s", "heartbeat_timeout_s"})
+_LOCAL_FIELDS = frozenset({"num_threads", "arena_bytes", "timeout_s"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class RuntimeConfig:
         hidden: columns of a token row.
         num_experts: experts over all ranks; a multiple of the number of ranks.
         num_topk: experts per token, at most `min(num_experts, 64)`.
-        max_tokens: most tokens that one rank passes to one dispatch.
+        max_tokens: tokens per rank and dispatch that the first size of the arena is meant for; not a limit.
         expert_alignment: every local expert's rows are padded to a multiple of this (layout "grouped").
         num_threads: worker threads of the CPU executor on this rank.
         chunk_tokens: tokens moved per signal over scale-up.
@@ -42,7 +42,7 @@ class RuntimeConfig:
             drop what their queues cannot hold (TCP), more is slower; on long fast links less is (docs/performance.md).
         arena_bytes: initial heap of the arena; None = sized from the shape.
         max_arena_bytes: virtual size of the arena, up to which it may grow.
-        max_in_flight: operations issued but not yet finished, at most.
+        max_in_flight: operations issued but not yet finished, at most; a further one waits for room.
         timeout_s: seconds without progress after which a wait raises.
         heartbeat_timeout_s: seconds without a heartbeat after which a peer counts as lost.
         transport: name of the scale-out transport.
@@ -123,7 +123,8 @@ class RuntimeConfig:
     def digest(self) -> int:
         """63-bit hash of the fields that must be equal on all ranks; the same in every process and version.
 
-        Threads, timeouts and the initial heap are left out: ranks may differ in them.
+        Threads, timeout and the initial heap are left out: ranks may differ in them. The heartbeat's timeout counts: a
+        peer's also sets how often it beats.
         """
         text = json.dumps(self.shared(), sort_keys=True, separators=(",", ":"))
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

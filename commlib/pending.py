@@ -6,7 +6,9 @@ in the same call and nobody is stranded.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from commlib.config import RuntimeConfig
@@ -26,7 +28,7 @@ class PendingDispatch:
     """A dispatch under way. Holds the caller's arrays until it is over."""
 
     runtime_id: int
-    op: Any
+    submit: Callable[[], Any]
     framework: Framework
     dtype: str  # of the rows as they travel
     hidden: int
@@ -34,10 +36,11 @@ class PendingDispatch:
     layout: Layout
     handle: Handle | None
     inputs: tuple[Any, ...]
+    op: Any = None  # None until it is submitted
 
     def is_finished(self) -> bool:
         """True once `dispatch_recv` would not wait."""
-        return bool(self.op.is_finished())
+        return self.op is not None and bool(self.op.is_finished())
 
     def result(self) -> Dispatched:
         op, view = self.op, self.framework.view
@@ -66,14 +69,15 @@ class PendingCombine:
     """A combine under way. Holds the caller's arrays until it is over."""
 
     runtime_id: int
-    op: Any
+    submit: Callable[[], Any]
     out: Any
     out_weight_grads: Any
     inputs: tuple[Any, ...]
+    op: Any = None  # None until it is submitted
 
     def is_finished(self) -> bool:
         """True once `combine_recv` would not wait."""
-        return bool(self.op.is_finished())
+        return self.op is not None and bool(self.op.is_finished())
 
     def result(self) -> Combined:
         self.inputs = ()
@@ -117,7 +121,9 @@ def _check_routing(topk_idx: Any, topk_weights: Any, num_tokens: int, num_topk: 
 
 def _reason(error: Exception) -> str:
     """What all ranks are told. Also of errors that nobody foresaw: to raise them here would strand the other ranks."""
-    return str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
+    text = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
+    # It travels in a field of fixed size, which must not cut a character in two.
+    return text.encode("ascii", "backslashreplace").decode()
 
 
 def _layout_of(layout: Layout | str) -> Layout:
@@ -141,7 +147,7 @@ def prepare_dispatch(
     expert_alignment: int,
     fp8: str | None,
 ) -> PendingDispatch:
-    """Checks and submits a dispatch (see `Runtime.dispatch`). A failed check is submitted in its place."""
+    """Checks a dispatch (see `Runtime.dispatch`) and makes it ready to submit; a failed check in its place."""
     empty = Rows(0, "int64", (), None)
     try:
         if handle is not None:
@@ -159,9 +165,10 @@ def prepare_dispatch(
             else _check_routing(topk_idx, topk_weights, rows.shape[0], config.num_topk)
         )
     except Exception as error:
-        op = engine.reject(_reason(error))
-        return PendingDispatch(runtime_id, op, Framework("numpy"), "float32", 0, 0, Layout.GROUPED, None, ())
-    op = engine.dispatch(
+        refuse = partial(engine.reject, _reason(error))
+        return PendingDispatch(runtime_id, refuse, Framework("numpy"), "float32", 0, 0, Layout.GROUPED, None, ())
+    submit = partial(
+        engine.dispatch,
         rows.address,
         scale_rows.address,
         idx.address,
@@ -175,7 +182,7 @@ def prepare_dispatch(
     )
     dtype = rows.dtype if fp8 is None else "float8_e4m3fn"
     inputs = (rows.owner, scale_rows.owner, idx.owner, weights.owner)
-    return PendingDispatch(runtime_id, op, framework, dtype, config.hidden, config.num_topk, layout, handle, inputs)
+    return PendingDispatch(runtime_id, submit, framework, dtype, config.hidden, config.num_topk, layout, handle, inputs)
 
 
 def prepare_combine(
@@ -188,7 +195,7 @@ def prepare_combine(
     weights: Any,
     weight_grads: Any,
 ) -> PendingCombine:
-    """Checks and submits a combine (see `Runtime.combine`). A failed check is submitted in its place."""
+    """Checks a combine (see `Runtime.combine`) and makes it ready to submit; a failed check in its place."""
     try:
         _check_handle(handle, runtime_id)
         framework = framework_of(y, "y")
@@ -207,11 +214,12 @@ def prepare_combine(
         grads = optional_array(
             weight_grads, "weight_grads", dtypes=("float32",), shape=grad_shape, meaning=str(list(grad_shape))
         )
+        out = framework.empty((handle.num_tokens, config.hidden), rows.dtype)
+        out_grads = None if weight_grads is None else framework.empty((handle.num_tokens, num_topk), "float32")
     except Exception as error:
-        return PendingCombine(runtime_id, engine.reject(_reason(error)), None, None, ())
-    out = framework.empty((handle.num_tokens, config.hidden), rows.dtype)
-    out_grads = None if weight_grads is None else framework.empty((handle.num_tokens, num_topk), "float32")
-    op = engine.combine(
+        return PendingCombine(runtime_id, partial(engine.reject, _reason(error)), None, None, ())
+    submit = partial(
+        engine.combine,
         handle._native,
         rows.address,
         row_weights.address,
@@ -221,4 +229,4 @@ def prepare_combine(
         0 if out_grads is None else framework.rows(out_grads, "out_weight_grads").address,
         DTYPE_CODES[rows.dtype],
     )
-    return PendingCombine(runtime_id, op, out, out_grads, (rows.owner, row_weights.owner, grads.owner))
+    return PendingCombine(runtime_id, submit, out, out_grads, (rows.owner, row_weights.owner, grads.owner))

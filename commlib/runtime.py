@@ -137,7 +137,9 @@ class Runtime:
         expert_alignment: int | None = None,
         fp8: str | None = None,
     ) -> PendingDispatch:
-        """First half of `dispatch`: starts it and returns at once; `x` must not change until `dispatch_recv`."""
+        """First half of `dispatch`: starts it and returns at once (once there is room for it, see
+        `max_in_flight`). The arrays must not change until `dispatch_recv`.
+        """
         self._check_open()
         pending = prepare_dispatch(
             self._engine,
@@ -152,7 +154,7 @@ class Runtime:
             expert_alignment=self.config.expert_alignment if expert_alignment is None else expert_alignment,
             fp8=fp8,
         )
-        self._in_flight.append(pending)
+        self._start(pending)
         return pending
 
     def dispatch_recv(self, pending: PendingDispatch) -> Dispatched:
@@ -182,12 +184,14 @@ class Runtime:
         return self.combine_recv(self.combine_send(y, handle, weights=weights, weight_grads=weight_grads))
 
     def combine_send(self, y: Any, handle: Handle, *, weights: Any = None, weight_grads: Any = None) -> PendingCombine:
-        """First half of `combine`: starts it and returns at once; `y` must not change until `combine_recv`."""
+        """First half of `combine`: starts it and returns at once (once there is room for it, see
+        `max_in_flight`). The arrays must not change until `combine_recv`.
+        """
         self._check_open()
         pending = prepare_combine(
             self._engine, self.config, self._id, y, handle, weights=weights, weight_grads=weight_grads
         )
-        self._in_flight.append(pending)
+        self._start(pending)
         return pending
 
     def combine_recv(self, pending: PendingCombine) -> Combined:
@@ -265,6 +269,11 @@ class Runtime:
         if not isinstance(pending, kind) or pending.runtime_id != self._id:
             raise ConfigError(f"{type(pending).__name__} is not a {kind.__name__} of this Runtime")
 
+    def _start(self, pending: PendingDispatch | PendingCombine) -> None:
+        """Submits; kept first, so that an interrupt in between cannot free what the native core uses."""
+        self._in_flight.append(pending)
+        pending.op = pending.submit()
+
     def _wait(self, op: Any) -> None:
         outcome = op.wait()
         self._in_flight = [pending for pending in self._in_flight if not pending.is_finished()]
@@ -294,7 +303,18 @@ def _agree_on_topology(
     told = [json.loads(blob) for blob in allgather_or_raise(boot, tell, timeout_s=timeout_s)]
     require_equal([each["must agree"] for each in told])
     nodes = told[0]["must agree"]["topology"]
-    return Topology.from_node_keys([each["node"] for each in told]) if nodes == "found out" else Topology(tuple(nodes))
+    keys = [each["node"] for each in told]
+    if nodes == "found out":
+        return Topology.from_node_keys(keys)
+    given = Topology(tuple(nodes))
+    for ranks in map(given.ranks_of_node, range(given.num_nodes)):
+        for rank in ranks:
+            if keys[rank] != keys[ranks[0]]:
+                raise ConfigError(
+                    f"ranks {ranks[0]} and {rank} are declared to share node {given.node(rank)}, but cannot share "
+                    f"memory: {keys[ranks[0]]} and {keys[rank]}"
+                )
+    return given
 
 
 def _connect_engine(boot: _bootstrap.Bootstrap, config: RuntimeConfig, topology: Topology, timeout_s: float) -> Any:

@@ -21,6 +21,7 @@ T* pointer(uintptr_t address) {
 }
 
 std::shared_ptr<Op> submit(Engine& engine, std::shared_ptr<Op> op) {
+  nb::gil_scoped_release release;  // it waits while the queue is full
   engine.submit(op);
   return op;
 }

@@ -1,5 +1,7 @@
 #include "cpu/engine.hpp"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <cstring>
 
@@ -29,12 +31,16 @@ void check_counts(const EngineConfig& config) {
     throw ConfigException("num_threads=" + std::to_string(config.num_threads) + " is below 1");
 }
 
-// A ring holds two of the largest slots that a call can ask for: an FP32 row with scales and
-// record.
+// The most that a call can ask for: an FP32 row with scales and record.
+size_t largest_slot(const EngineConfig& config) {
+  return make_slot(config.hidden * 4, config.hidden / kScaleBlock * 4,
+                   record_bytes(config.num_topk))
+      .slot_bytes;
+}
+
+// A ring holds two of the largest slots.
 void check_ring(const EngineConfig& config) {
-  const size_t slot =
-      make_slot(config.hidden * 4, config.hidden / kScaleBlock * 4, record_bytes(config.num_topk))
-          .slot_bytes;
+  const size_t slot = largest_slot(config);
   const size_t chunk = std::max(config.chunk_bytes, slot);
   if (config.ring_bytes < 2 * chunk)
     throw ConfigException("ring_bytes=" + std::to_string(config.ring_bytes) +
@@ -56,14 +62,14 @@ void check_addresses(const EngineConfig& config, const Group& group, const Memor
                             std::to_string(bytes) + " bytes, more than " +
                             std::to_string(kCommandUnit << 32));
   }
-  if (config.chunk_bytes > 0xffffffffu)
-    throw ConfigException("chunk_bytes=" + std::to_string(config.chunk_bytes) +
-                          " is 4 GiB or more");
+  const size_t chunk = std::max(config.chunk_bytes, largest_slot(config));
+  if (chunk > 0xffffffffu)
+    throw ConfigException("chunk_bytes=" + std::to_string(chunk) + " is 4 GiB or more");
 }
 
 }  // namespace
 
-Engine::Engine(const EngineConfig& config) : config_(config) {
+Engine::Engine(const EngineConfig& config) : config_(config), pid_(getpid()) {
   check_counts(config);
   check_ring(config);
   Group group(config.rank, config.node_of_rank, config.num_experts);
@@ -94,7 +100,24 @@ Engine::Engine(const EngineConfig& config) : config_(config) {
   executor_ = std::make_unique<Executor>(*mesh_, *proxy_, board_, executor);
 }
 
-Engine::~Engine() { stop(false); }
+Engine::~Engine() {
+  if (is_foreign()) {  // threads and connections are the parent's: leave everything as it is
+    (void)executor_.release();
+    (void)proxy_.release();
+    (void)mesh_.release();
+    return;
+  }
+  stop(false);
+}
+
+bool Engine::is_foreign() const { return getpid() != pid_; }
+
+void Engine::submit(std::shared_ptr<Op> op) {
+  if (is_foreign())
+    throw ConfigException("this Runtime belongs to process " + std::to_string(pid_) +
+                          ", which forked this one; build another");
+  executor_->submit(std::move(op));
+}
 
 std::vector<uint8_t> Engine::address() const {
   AddressHead head;
@@ -147,7 +170,7 @@ void Engine::connect(const std::vector<std::vector<uint8_t>>& addresses) {
 Outcome Engine::close() {
   Outcome outcome;
   outcome.kind = OutcomeKind::kDone;
-  if (is_closed_) return outcome;
+  if (is_closed_ || is_foreign()) return outcome;
   if (is_connected_ && !board_.raised()) {
     auto barrier = std::make_shared<Op>();
     barrier->kind = OpKind::kBarrier;
@@ -159,7 +182,7 @@ Outcome Engine::close() {
 }
 
 void Engine::stop(bool is_clean) {
-  if (is_closed_) return;
+  if (is_closed_ || is_foreign()) return;
   is_closed_ = true;
   Outcome outcome;
   outcome.kind = OutcomeKind::kRejected;

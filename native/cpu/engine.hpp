@@ -45,7 +45,8 @@ class Engine {
   // addresses until the slowest has connected (a barrier of the bootstrap follows).
   void connect(const std::vector<std::vector<uint8_t>>& addresses);
 
-  void submit(std::shared_ptr<Op> op) { executor_->submit(std::move(op)); }
+  // Waits for room in the queue. Throws ConfigException after close() and in a forked child.
+  void submit(std::shared_ptr<Op> op);
   // Barrier among all ranks (skipped after a fault), then everything stops. Idempotent. The outcome
   // of the barrier.
   Outcome close();
@@ -64,8 +65,10 @@ class Engine {
 
  private:
   void stop(bool is_clean);
+  bool is_foreign() const;  // this process is a fork of the one that built the engine
 
   EngineConfig config_;
+  int64_t pid_;
   FaultBoard board_;
   std::unique_ptr<Mesh> mesh_;
   std::unique_ptr<Proxy> proxy_;

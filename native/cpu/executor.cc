@@ -41,18 +41,20 @@ void Executor::stop(const Outcome& outcome) {
     stop_ = true;
     stop_outcome_ = outcome;
     wake_.notify_all();
+    room_.notify_all();
   }
   for (std::thread& thread : threads_) thread.join();
   threads_.clear();
 }
 
+// A full queue is waited for, not refused: ranks fill up at different moments, and a call that is
+// refused on some ranks only would pair the later calls of all ranks wrongly.
 void Executor::submit(std::shared_ptr<Op> op) {
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::unique_lock<std::mutex> lock(mutex_);
+  room_.wait(lock, [this] {
+    return stop_ || queue_.size() + (is_running_ ? 1 : 0) < size_t(config_.max_in_flight);
+  });
   if (stop_) throw ConfigException("the Runtime is closed");
-  const size_t in_flight = queue_.size() + (is_running_ ? 1 : 0);
-  if (in_flight >= size_t(config_.max_in_flight))
-    throw ConfigException(std::to_string(in_flight) + " operations are in flight already; " +
-                          "max_in_flight=" + std::to_string(config_.max_in_flight));
   queue_.push_back(std::move(op));
   wake_.notify_all();
 }
@@ -85,19 +87,14 @@ void Executor::coordinate() {
     try {
       outcome = run(*op);
     } catch (const std::exception& error) {  // out of memory: nothing else throws here
-      FaultRecord fault;
-      fault.kind = FaultKind::kTransport;
-      fault.rank = mesh_.group().rank();
-      fault.peer = fault.rank;
-      fault.set_phase(op_name(op->kind));
-      fault.set_detail(error.what());
-      board_.raise(fault);
+      raise_failure(op_name(op->kind), error.what());
       outcome = fault_outcome(op_name(op->kind), "", {});
     }
     {
       std::lock_guard<std::mutex> lock(mutex_);
       is_running_ = false;
       wake_.notify_all();  // helpers that stop() has told to end wait for this
+      room_.notify_all();
     }
     op->finish(std::move(outcome));
   }
@@ -105,12 +102,13 @@ void Executor::coordinate() {
 
 Outcome Executor::run(Op& op) {
   if (board_.raised()) return fault_outcome(op_name(op.kind), "start", {});
+  OwnCounts own;
   ExchangeTable table;
   uint64_t epoch = 0;
-  Outcome verdict = negotiate(op, &table, &epoch);
+  Outcome verdict = negotiate(op, &own, &table, &epoch);
   if (verdict.kind == OutcomeKind::kDone) {
     if (op.kind == OpKind::kDispatch || op.kind == OpKind::kCachedDispatch)
-      verdict = run_dispatch(op, table, epoch);
+      verdict = run_dispatch(op, std::move(own), table, epoch);
     else if (op.kind == OpKind::kCombine)
       verdict = run_combine(op, table, epoch);
   }
@@ -121,16 +119,15 @@ Outcome Executor::run(Op& op) {
 
 // Exchanges until every rank has room, or all know why not. At most three rounds: ask, grow,
 // report that growing failed.
-Outcome Executor::negotiate(Op& op, ExchangeTable* table, uint64_t* epoch) {
+Outcome Executor::negotiate(Op& op, OwnCounts* own, ExchangeTable* table, uint64_t* epoch) {
   const size_t me = size_t(mesh_.group().rank());
   ExchangeHeader header;
   set_text(&header, describe_call(op));
   header.config_hash = hash_text(header.text);
-  OwnCounts counts;
   const bool is_fresh = op.kind == OpKind::kDispatch;
   std::string reject = op.reject;
   if (reject.empty() && is_fresh)
-    reject = count_tokens(mesh_.group(), op.dispatch, config_.num_topk, &counts);
+    reject = count_tokens(mesh_.group(), op.dispatch, config_.num_topk, own);
   if (!reject.empty()) {
     header.status = RowStatus::kRejected;
     set_text(&header, reject);
@@ -141,7 +138,7 @@ Outcome Executor::negotiate(Op& op, ExchangeTable* table, uint64_t* epoch) {
     grant_ = std::make_shared<Slab>(mesh_.arena(), mesh_.arena()->heap().take_largest());
     header.grant_offset = grant_->offset();
     if (header.status != RowStatus::kCapacity) header.grant_bytes = grant_->bytes();
-    Outcome outcome = run_exchange(op, header, has_counts ? &counts : nullptr, table);
+    Outcome outcome = run_exchange(op, header, has_counts ? own : nullptr, table);
     *epoch = epoch_;
     if (outcome.kind == OutcomeKind::kFault) return outcome;
     outcome = judge(*table);
@@ -186,7 +183,7 @@ Outcome Executor::run_exchange(Op& op, ExchangeHeader header, const OwnCounts* c
   return outcome_of(OutcomeKind::kDone);
 }
 
-Outcome Executor::run_dispatch(Op& op, const ExchangeTable& table, uint64_t epoch) {
+Outcome Executor::run_dispatch(Op& op, OwnCounts own, const ExchangeTable& table, uint64_t epoch) {
   const Group& group = mesh_.group();
   const bool is_fresh = op.kind == OpKind::kDispatch;
   if (is_fresh) {
@@ -197,7 +194,8 @@ Outcome Executor::run_dispatch(Op& op, const ExchangeTable& table, uint64_t epoc
     handle->num_topk = config_.num_topk;
     handle->num_tokens = op.dispatch.num_tokens;
     handle->counts = table.counts;
-    build_plan(group, op.dispatch, handle.get());
+    handle->own_records = std::move(own.records);
+    build_plan(group, handle.get());
     op.handle = std::move(handle);
   }
   DispatchContext context{&mesh_,
@@ -295,8 +293,28 @@ void Executor::help(int thread) {
   }
 }
 
+// The share of one thread. Other threads use the phase until all are back, so nothing is thrown.
+void Executor::run_share(Phase& phase, int thread, uint64_t epoch) {
+  try {
+    if (step_roles(phase, thread, epoch)) return;
+  } catch (const std::exception& error) {  // out of memory
+    raise_failure(phase.op_name, error.what());
+  }
+  phase.is_aborted.store(true, std::memory_order_release);
+}
+
+void Executor::raise_failure(const char* name, const char* what) {
+  FaultRecord fault;
+  fault.kind = FaultKind::kTransport;
+  fault.rank = mesh_.group().rank();
+  fault.peer = fault.rank;
+  fault.set_phase(name);
+  fault.set_detail(what);
+  board_.raise(fault);
+}
+
 // Steps this thread's roles until they are done (true) or the Runtime has a fault (false).
-bool Executor::run_share(Phase& phase, int thread, uint64_t epoch) {
+bool Executor::step_roles(Phase& phase, int thread, uint64_t epoch) {
   Backoff backoff(kMaxWaitSleepUs);
   double last_progress = now_s();
   for (;;) {
@@ -311,10 +329,7 @@ bool Executor::run_share(Phase& phase, int thread, uint64_t epoch) {
       if (blocked == nullptr || blocked->waits_for().peer < 0) blocked = &role;
     }
     if (is_done) return true;
-    if (board_.raised()) {
-      phase.is_aborted.store(true, std::memory_order_release);
-      return false;
-    }
+    if (board_.raised()) return false;
     if (has_moved) {
       backoff.reset();
       last_progress = now_s();

@@ -39,7 +39,8 @@ class Executor {
   // Ends the threads; queued operations finish with `outcome`. Idempotent.
   void stop(const Outcome& outcome);
 
-  // Throws ConfigException if max_in_flight operations are queued or running.
+  // Waits while max_in_flight operations are queued or running; their deadlines bound that. Throws
+  // ConfigException once stopped.
   void submit(std::shared_ptr<Op> op);
   // The barrier of close(), behind whatever is queued; no limit applies.
   void submit_last(std::shared_ptr<Op> op);
@@ -63,14 +64,16 @@ class Executor {
   Outcome run(Op& op);
   Outcome run_exchange(Op& op, ExchangeHeader header, const OwnCounts* counts,
                        ExchangeTable* table);
-  Outcome run_dispatch(Op& op, const ExchangeTable& table, uint64_t epoch);
+  Outcome run_dispatch(Op& op, OwnCounts own, const ExchangeTable& table, uint64_t epoch);
   Outcome run_combine(Op& op, const ExchangeTable& table, uint64_t epoch);
   Outcome run_roles(const char* op_name, std::vector<std::unique_ptr<Role>> roles, uint64_t epoch);
-  bool run_share(Phase& phase, int thread, uint64_t epoch);
+  void run_share(Phase& phase, int thread, uint64_t epoch);
+  bool step_roles(Phase& phase, int thread, uint64_t epoch);
   void count(const Phase& phase);
 
-  Outcome negotiate(Op& op, ExchangeTable* table, uint64_t* epoch);
+  Outcome negotiate(Op& op, OwnCounts* own, ExchangeTable* table, uint64_t* epoch);
   Outcome fault_outcome(const char* op_name, const char* role, const Wait& wait) const;
+  void raise_failure(const char* name, const char* what);
   void raise_timeout(const char* op_name, const char* role, const Wait& wait, uint64_t epoch,
                      double waited_s);
   bool may_step(const char* name) const { return !filter_ || filter_(name); }
@@ -87,6 +90,7 @@ class Executor {
 
   std::mutex mutex_;  // queue_, running_, stop_, phase_
   std::condition_variable wake_;
+  std::condition_variable room_;  // an operation is over
   std::deque<std::shared_ptr<Op>> queue_;
   bool is_running_ = false;
   bool stop_ = false;

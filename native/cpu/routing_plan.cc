@@ -31,19 +31,26 @@ std::string count_tokens(const Group& group, const DispatchCall& call, int num_t
   counts->per_expert.assign(size_t(group.num_experts()), 0);
   counts->per_rank.assign(size_t(group.num_ranks()), 0);
   counts->per_node.assign(size_t(group.num_nodes()), 0);
+  counts->records.assign(size_t(call.num_tokens) * record_bytes(num_topk), 0);
   Stamps experts(group.num_experts()), ranks(group.num_ranks()), nodes(group.num_nodes());
   for (int64_t t = 0; t < call.num_tokens; ++t) {
+    uint8_t* record = counts->records.data() + size_t(t) * record_bytes(num_topk);
+    RecordEntry* entries = record_entries(record);
     for (int k = 0; k < num_topk; ++k) {
       const int64_t expert = call.topk_idx[t * num_topk + k];
+      entries[k] = {-1, -1, 0.0f};
       if (expert == -1) continue;
       if (expert < 0 || expert >= group.num_experts())
         return "expert id " + std::to_string(expert) + slot_text(group.rank(), t, k) +
                " is not -1 or in 0.." + std::to_string(group.num_experts() - 1);
       if (!experts.is_first(int(expert), t))
         return "expert " + std::to_string(expert) + " occurs twice" + slot_text(group.rank(), t, k);
-      if (call.topk_weights != nullptr && !std::isfinite(call.topk_weights[t * num_topk + k]))
-        return "weight " + std::to_string(call.topk_weights[t * num_topk + k]) +
-               slot_text(group.rank(), t, k) + " is not finite";
+      const float weight =
+          call.topk_weights == nullptr ? 1.0f : call.topk_weights[t * num_topk + k];
+      if (!std::isfinite(weight))
+        return "weight " + std::to_string(weight) + slot_text(group.rank(), t, k) +
+               " is not finite";
+      entries[k] = {int32_t(expert), -1, weight};
       ++counts->per_expert[size_t(expert)];
       const int rank = group.expert_rank(int(expert));
       if (ranks.is_first(rank, t)) ++counts->per_rank[size_t(rank)];
@@ -79,35 +86,29 @@ std::vector<uint64_t> first_rows(const Group& group, const HandleData& handle) {
   return first;
 }
 
-void fill_own_records(const Group& group, const DispatchCall& call, HandleData* handle) {
+void fill_own_rows(const Group& group, HandleData* handle) {
   const int num_topk = handle->num_topk;
   std::vector<uint64_t> next = first_rows(group, *handle);
-  handle->own_records.resize(size_t(call.num_tokens) * record_bytes(num_topk));
   handle->tokens_to_node.assign(size_t(group.num_nodes()), {});
   Stamps ranks(group.num_ranks()), nodes(group.num_nodes());
-  for (int64_t t = 0; t < call.num_tokens; ++t) {
+  for (int64_t t = 0; t < handle->num_tokens; ++t) {
     uint8_t* record = handle->own_records.data() + size_t(t) * record_bytes(num_topk);
     *reinterpret_cast<RecordHeader*>(record) = {group.rank(), int32_t(t), num_topk,
                                                 uint32_t(handle->epoch)};
     RecordEntry* entries = record_entries(record);
     for (int k = 0; k < num_topk; ++k) {
-      const int64_t expert = call.topk_idx[t * num_topk + k];
-      if (expert == -1) {
-        entries[k] = {-1, -1, 0.0f};
-        continue;
-      }
-      const int rank = group.expert_rank(int(expert));
+      const int expert = entries[k].expert;
+      if (expert == -1) continue;
+      const int rank = group.expert_rank(expert);
       const int node = group.node_of(rank);
       const bool is_first = ranks.is_first(rank, t);
-      const float weight =
-          call.topk_weights == nullptr ? 1.0f : call.topk_weights[t * num_topk + k];
       uint64_t row;
       if (handle->layout == Layout::kRows) {
         row = is_first ? next[size_t(rank)]++ : next[size_t(rank)] - 1;
       } else {
         row = next[size_t(expert)]++;
       }
-      entries[k] = {int32_t(expert), int32_t(row), weight};
+      entries[k].row = int32_t(row);
       if (node != group.node() && nodes.is_first(node, t))
         handle->tokens_to_node[size_t(node)].push_back(uint32_t(t));
     }
@@ -116,9 +117,9 @@ void fill_own_records(const Group& group, const DispatchCall& call, HandleData* 
 
 }  // namespace
 
-void build_plan(const Group& group, const DispatchCall& call, HandleData* handle) {
+void build_plan(const Group& group, HandleData* handle) {
   const RoutingCounts& counts = handle->counts;
-  fill_own_records(group, call, handle);
+  fill_own_rows(group, handle);
   handle->record_base.assign(1, 0);
   for (int s = 0; s < group.num_ranks(); ++s)
     handle->record_base.push_back(handle->record_base.back() + counts.rank(s, group.rank()));

@@ -11,15 +11,19 @@ struct OwnCounts {
   std::vector<uint32_t> per_expert;
   std::vector<uint32_t> per_rank;
   std::vector<uint32_t> per_node;
+  // [num_tokens] records with experts and weights. The caller's arrays are read once, here: what
+  // the ranks agree about is what moves, whatever the caller does to the arrays meanwhile.
+  std::vector<uint8_t> records;
 };
 
 // Counts the own tokens. Returns what is wrong with the input, or an empty string.
 std::string count_tokens(const Group& group, const DispatchCall& call, int num_topk,
                          OwnCounts* counts);
 
-// Fills everything of the handle that follows from the counts: records of the own tokens, lists,
-// prefix sums. handle.counts, epoch, layout, num_topk, alignment and num_tokens are set.
-void build_plan(const Group& group, const DispatchCall& call, HandleData* handle);
+// Fills everything of the handle that follows from the counts: rows in the records of the own
+// tokens, lists, prefix sums. handle.own_records (from count_tokens), counts, epoch, layout,
+// num_topk, alignment and num_tokens are set.
+void build_plan(const Group& group, HandleData* handle);
 
 // Rows and records that `rank` receives: the same on every rank that asks.
 uint64_t count_rows(const Group& group, const RoutingCounts& counts, Layout layout,

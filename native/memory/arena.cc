@@ -7,12 +7,12 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cassert>
 #include <cerrno>
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <random>
 
 #include "common/error.hpp"
 
@@ -20,22 +20,22 @@ namespace commlib {
 namespace {
 
 std::mutex registry_mutex;
-// By instance, for ranks that are threads.
+// By nonce, for ranks that are threads.
 std::map<uint64_t, std::weak_ptr<Mapping>>& registry() {
   static auto* arenas = new std::map<uint64_t, std::weak_ptr<Mapping>>;
   return *arenas;
 }
 
-uint64_t next_instance() {
-  static std::atomic<uint64_t> counter{0};
-  return ++counter;
+uint64_t random_nonce() {
+  std::random_device random;
+  return uint64_t(random()) << 32 | random();
 }
 
 // A new, already unlinked shared memory object.
 int open_unlinked() {
   for (int attempt = 0; attempt < 100; ++attempt) {
     const std::string name = "/commlib-" + std::to_string(getpid()) + "-" +
-                             std::to_string(next_instance()) + "-" + std::to_string(attempt);
+                             std::to_string(random_nonce()) + "-" + std::to_string(attempt);
     const int fd = shm_open(name.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
     if (fd >= 0) {
       shm_unlink(name.c_str());
@@ -58,7 +58,7 @@ Mapping::~Mapping() { munmap(base, bytes); }
 Arena::Arena(size_t head_bytes, size_t heap_bytes, size_t max_bytes)
     : head_bytes_(head_bytes),
       max_bytes_(align_up(max_bytes, 4096)),
-      instance_(next_instance()),
+      nonce_(random_nonce()),
       heap_(head_bytes, head_bytes) {
   const size_t first = align_up(head_bytes + heap_bytes, 4096);
   if (first > max_bytes_)
@@ -82,19 +82,26 @@ Arena::Arena(size_t head_bytes, size_t heap_bytes, size_t max_bytes)
   }
   heap_.grow(first);
   std::lock_guard<std::mutex> lock(registry_mutex);
-  registry()[instance_] = mapping_;
+  registry()[nonce_] = mapping_;
 }
 
 Arena::~Arena() {
   {
     std::lock_guard<std::mutex> lock(registry_mutex);
-    registry().erase(instance_);
+    registry().erase(nonce_);
   }
   close(fd_);
 }
 
 ArenaAddress Arena::address() const {
-  return {static_cast<int64_t>(getpid()), fd_, instance_, max_bytes_};
+  struct stat status{};
+  if (fstat(fd_, &status) != 0) assert(false);
+  return {static_cast<int64_t>(getpid()),
+          fd_,
+          nonce_,
+          max_bytes_,
+          static_cast<uint64_t>(status.st_dev),
+          static_cast<uint64_t>(status.st_ino)};
 }
 
 // posix_fallocate reserves the pages now: a full /dev/shm is an error here, not SIGBUS later.
@@ -133,7 +140,7 @@ void Arena::grow_for(size_t bytes) {
 ArenaView::ArenaView(const ArenaAddress& address) {
   if (address.pid == getpid()) {
     std::lock_guard<std::mutex> lock(registry_mutex);
-    const auto found = registry().find(address.instance);
+    const auto found = registry().find(address.nonce);
     if (found != registry().end() && (mapping_ = found->second.lock())) return;
   }
   const std::string path =
@@ -143,6 +150,14 @@ ArenaView::ArenaView(const ArenaAddress& address) {
     throw ConfigException("cannot open " + path +
                           " of a rank on the same node: " + std::strerror(errno) +
                           "; ranks of a node must run as one user and share a pid namespace");
+  struct stat status{};
+  if (fstat(fd, &status) != 0 || status.st_dev != address.device ||
+      status.st_ino != address.inode) {
+    close(fd);
+    throw ConfigException(path +
+                          " is not the shared memory of the rank that named it: the ranks are "
+                          "not on one machine, or not in one pid namespace");
+  }
   void* mapped =
       mmap(nullptr, address.max_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, 0);
   const int error = errno;

@@ -14,9 +14,11 @@ namespace commlib {
 struct ArenaAddress {
   int64_t pid = 0;
   int64_t fd = -1;
-  uint64_t instance =
-      0;  // process-unique: ranks that are threads share the mapping (see ArenaView)
+  uint64_t nonce = 0;  // random: ranks that are threads share the mapping (see ArenaView)
   uint64_t max_bytes = 0;
+  // What the descriptor must lead to: pid and number alone could name another process's file.
+  uint64_t device = 0;
+  uint64_t inode = 0;
 };
 
 // Address space of an arena. Ranks that are threads of one process share it (see ArenaView), and
@@ -56,7 +58,7 @@ class Arena {
   std::atomic<size_t> committed_{0};  // grows on the executor, reports read it anywhere
   size_t head_bytes_;
   size_t max_bytes_;  // of head and heap
-  uint64_t instance_;
+  uint64_t nonce_;
   Heap heap_;
 };
 

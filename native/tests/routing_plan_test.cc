@@ -90,7 +90,11 @@ HandleData plan_of(const Routing& routing, const RoutingCounts& counts, int rank
   handle.alignment = alignment;
   handle.num_tokens = routing.num_tokens[size_t(rank)];
   handle.counts = counts;
-  build_plan(routing.group(rank), routing.call(rank, layout, alignment), &handle);
+  OwnCounts own;
+  REQUIRE(count_tokens(routing.group(rank), routing.call(rank, layout, alignment), routing.num_topk,
+                       &own) == "");
+  handle.own_records = std::move(own.records);
+  build_plan(routing.group(rank), &handle);
   return handle;
 }
 

@@ -95,7 +95,7 @@ CHANGED: dict[str, Any] = {
     "max_in_flight": 2,
     "transport": "loopback",
 }
-LOCAL: dict[str, Any] = {"num_threads": 2, "arena_bytes": 4096, "timeout_s": 1.0, "heartbeat_timeout_s": 1.0}
+LOCAL: dict[str, Any] = {"num_threads": 2, "arena_bytes": 4096, "timeout_s": 1.0}
 
 
 def test_every_field_is_either_shared_or_local() -> None:

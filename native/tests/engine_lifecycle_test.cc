@@ -238,6 +238,32 @@ TEST_CASE("operations finish in the order they were submitted, without anybody w
   group.close();
 }
 
+TEST_CASE("reports may be read while operations run") {
+  EngineConfig config = config_2x2();
+  config.num_threads = 2;
+  const Scene scene = make_scene(config, 300, 3);
+  EngineGroup group(config);
+  Ops ops;
+  for (int rank = 0; rank < 4; ++rank)
+    ops.push_back(dispatch_op(scene.tokens[size_t(rank)], Layout::kGrouped, 1));
+  const MemoryReport before = group.engine(0).memory();
+  group.submit(ops);
+  ProxyCounters last;
+  while (!ops[0]->is_finished()) {
+    const MemoryReport now = group.engine(0).memory();
+    CHECK(now.arena_bytes >= before.arena_bytes);
+    const ProxyCounters counters = group.engine(0).proxy_counters();
+    CHECK(counters.commands >= last.commands);
+    last = counters;
+    group.engine(0).role_counters();
+  }
+  CHECK(all_are(EngineGroup::wait(ops), OutcomeKind::kDone));
+  CHECK(group.engine(0).memory().arena_bytes > before.arena_bytes);  // it grew meanwhile
+  CHECK(group.engine(0).role_counters().at("push").rows > 0);
+  CHECK(group.engine(0).proxy_counters().data_bytes > 0);
+  group.close();
+}
+
 TEST_CASE("close: once, twice, never connected; nothing is accepted afterwards") {
   EngineGroup group(config_2x2());
   for (const Outcome& outcome : group.close()) CHECK(outcome.kind == OutcomeKind::kDone);

@@ -93,6 +93,7 @@ CHANGED: dict[str, Any] = {
     "ring_bytes": 8388608,
     "max_arena_bytes": 2**30,
     "max_in_flight": 2,
+    "heartbeat_timeout_s": 5.0,
     "transport": "loopback",
 }
 LOCAL: dict[str, Any] = {"num_threads": 2, "arena_bytes": 4096, "timeout_s": 1.0}

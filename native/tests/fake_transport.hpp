@@ -1,5 +1,6 @@
 // A transport that moves nothing and writes down what it is asked to do. Puts complete when the
-// test says so, in the order the test chooses.
+// test says so, in the order the test chooses; their bytes are read until then, as a network card
+// would, so that a race detector sees who overwrites them too early.
 #pragma once
 
 #include <algorithm>
@@ -56,7 +57,7 @@ class FakeTransport : public Transport {
   // --- the proxy's side ---
   std::string name() const override { return "fake"; }
   std::string describe() const override { return "fake"; }
-  void register_region(void*, size_t) override {}
+  void register_region(void* base, size_t) override { base_ = static_cast<const uint8_t*>(base); }
   std::vector<uint8_t> address() const override { return {}; }
   void connect(int, const std::vector<uint8_t>&) override {}
   void put(int peer, size_t local_offset, size_t remote_offset, size_t bytes,
@@ -68,13 +69,20 @@ class FakeTransport : public Transport {
     add({Event::kSignal, peer, 0, remote_offset, sizeof value, value});
   }
   int progress() override {
-    std::vector<uint64_t> tokens;
+    std::vector<Event> puts;
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      tokens.swap(completed_);
+      for (uint64_t token : completed_)
+        for (const Event& event : events_)
+          if (event.kind == Event::kPut && event.value == token) puts.push_back(event);
+      completed_.clear();
     }
-    for (uint64_t token : tokens) listener_->on_put_complete(token);
-    return int(tokens.size());
+    for (const Event& put : puts) {
+      for (size_t i = 0; base_ != nullptr && i < put.bytes; ++i)
+        sum_ += base_[put.local_offset + i];
+      listener_->on_put_complete(put.value);
+    }
+    return int(puts.size());
   }
   bool idle() const override { return true; }
   std::optional<TransportFault> take_fault() override {
@@ -96,6 +104,8 @@ class FakeTransport : public Transport {
   }
 
   PutListener* listener_;
+  const uint8_t* base_ = nullptr;
+  uint64_t sum_ = 0;
   mutable std::mutex mutex_;
   std::vector<Event> events_;
   std::vector<uint64_t> completed_;

@@ -34,6 +34,7 @@ class ProxyEnd {
   FakeTransport& use_fake(double heartbeat_timeout_s = 60) {
     auto transport = std::make_unique<FakeTransport>(&proxy_);
     FakeTransport& fake = *transport;
+    fake.register_region(mesh_.memory().base(), mesh_.memory().bytes());
     set_transport(std::move(transport), heartbeat_timeout_s);
     return fake;
   }

@@ -2,6 +2,7 @@
 #define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
+#include <cstring>
 #include <random>
 #include <thread>
 #include <vector>
@@ -29,19 +30,20 @@ struct TestFifo {
   FifoConsumer consumer;
 };
 
+constexpr size_t kSlot = 32;
+constexpr RingGeometry kGeometry{kSlot, 2, 4};  // 4 chunks of 2 slots
+constexpr size_t kRingBytes = 4096;
+
 // Writes slots until the ring refuses; returns how many.
 uint64_t fill(SendRing& ring) {
   uint64_t written = 0;
-  while (ring.next_slot() != nullptr) {
+  while (uint8_t* slot = ring.next_slot()) {
+    std::memset(slot, 1, kSlot);
     ring.commit();
     ++written;
   }
   return written;
 }
-
-constexpr size_t kSlot = 32;
-constexpr RingGeometry kGeometry{kSlot, 2, 4};  // 4 chunks of 2 slots
-constexpr size_t kRingBytes = 4096;
 
 }  // namespace
 

@@ -32,6 +32,8 @@ PYTHON_TABLE: dict[str, set[str]] = {
     **dict.fromkeys(L5, L0 | L1 | L2 | NATIVE_MODULE | L5),
     **dict.fromkeys(L6, L0 | L1 | L5 | L6),
     **{name: L0 | L1 | L2 | NATIVE_MODULE | L5 | L6 | {name, "reference", "testing"} for name in ("cli", "compat")},
+    # The GPU executor: the same level as the native CPU executor.
+    "cuda": L0 | L1 | L2 | {"handle", "cuda"},
     "reference": L0,
     "testing": L0 | L1 | {"testing"},
     # The front door: public names, resolved lazily where they are heavy.
@@ -52,6 +54,7 @@ NATIVE_TABLE: dict[str, set[str]] = {
     "transport": {"common", "memory", "channel"},
     "proxy": {"common", "layout", "memory", "channel", "transport"},
     "cpu": {"common", "layout", "memory", "channel", "proxy"},
+    "cuda": {"common", "layout", "channel"},
     "bindings": {"common", "layout", "memory", "channel", "transport", "proxy", "cpu"},
     # Programs that test the folders above; nothing includes them.
     "tests": {"common", "layout", "memory", "channel", "transport", "proxy", "cpu"},

@@ -1,0 +1,177 @@
+"""Checks of the caller's CUDA tensors, and the words in which ranks compare and reject calls."""
+
+from __future__ import annotations
+
+import struct
+import sys
+from typing import Any
+
+from commlib.config import RuntimeConfig
+from commlib.cuda.params import CallWords, HostResult
+from commlib.errors import CapacityError, CommError, CommTimeout, ConfigError
+from commlib.layout import format_bytes, num_scales
+
+__all__ = [
+    "CASTS",
+    "DTYPES",
+    "ELEMENT_BYTES",
+    "KINDS",
+    "LAYOUTS",
+    "check_routing",
+    "check_rows",
+    "check_tensor",
+    "fault_error",
+    "refusal",
+]
+
+KINDS = {"dispatch": 1, "cached_dispatch": 2, "combine": 3, "barrier": 4}
+CASTS = {None: 0, "fp32": 1, "pow2": 2}
+LAYOUTS = {"grouped": 0, "rows": 1}
+DTYPES = ("float32", "bfloat16", "float8_e4m3fn")  # by code, see native/common/types.hpp
+
+ELEMENT_BYTES = (4, 2, 1)
+
+_REJECTED = 4
+_PHASES = {1: "exchange", 2: "dispatch/expand", 3: "combine/final_reduce"}
+
+
+def check_tensor(
+    tensor: Any, name: str, device: Any, dtypes: tuple[str, ...], shape: tuple[int | None, ...], meaning: str
+) -> Any:
+    """`tensor` as contiguous memory of `device`, 16-byte aligned; copied if it is not.
+
+    Raises:
+        ConfigError: it is no tensor of that device, dtype and shape. None in `shape` stands for any size.
+    """
+    torch = sys.modules["torch"]
+    if not isinstance(tensor, torch.Tensor):
+        raise ConfigError(f"{name} is a {type(tensor).__name__}, not a torch tensor")
+    if tensor.device != device:
+        raise ConfigError(f"{name} is on {tensor.device}, the Runtime on {device}")
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if dtype not in dtypes:
+        raise ConfigError(f"{name} has dtype {dtype}, not {' or '.join(dtypes)}")
+    if len(tensor.shape) != len(shape) or any(
+        want is not None and have != want for have, want in zip(tensor.shape, shape, strict=True)
+    ):
+        raise ConfigError(f"{name} has shape {list(tensor.shape)}, not {meaning}")
+    tensor = tensor.detach().contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
+def check_routing(topk_idx: Any, topk_weights: Any, device: Any, shape: tuple[int, int]) -> tuple[Any, Any]:
+    """The choices of a fresh dispatch; raises like `check_tensor`."""
+    if topk_idx is None:
+        raise ConfigError("dispatch needs topk_idx or a handle")
+    meaning = f"[{shape[0]}, num_topk={shape[1]}]"
+    topk_idx = check_tensor(topk_idx, "topk_idx", device, ("int64",), shape, meaning)
+    if topk_weights is not None:
+        topk_weights = check_tensor(topk_weights, "topk_weights", device, ("float32",), shape, meaning)
+    return topk_idx, topk_weights
+
+
+def check_rows(
+    x: Any, scales: Any, fp8: str | None, device: Any, config: RuntimeConfig, num_tokens: int | None
+) -> tuple[Any, Any, int]:
+    """Rows of a dispatch, their scales, and the code of their dtype; raises like `check_tensor`."""
+    if fp8 not in CASTS:
+        raise ConfigError(f'fp8={fp8!r} is not None, "fp32" or "pow2"')
+    count = "num_tokens" if num_tokens is None else num_tokens
+    x = check_tensor(x, "x", device, DTYPES, (num_tokens, config.hidden), f"[{count}, hidden={config.hidden}]")
+    num_tokens = int(x.shape[0])
+    if num_tokens > config.max_tokens:
+        raise ConfigError(f"x has {num_tokens} tokens, more than max_tokens={config.max_tokens}")
+    code = DTYPES.index(str(x.dtype).removeprefix("torch."))
+    is_fp8 = DTYPES[code] == "float8_e4m3fn"
+    if is_fp8 and fp8 is not None:
+        raise ConfigError(f"x is float8_e4m3fn already; fp8={fp8!r} would cast it again")
+    if is_fp8 != (scales is not None):
+        raise ConfigError(f"x of dtype {x.dtype} comes {'without' if is_fp8 else 'with'} scales")
+    if scales is not None:
+        shape = (num_tokens, num_scales(config.hidden))
+        scales = check_tensor(scales, "scales", device, ("float32",), shape, str(list(shape)))
+    row_bytes = config.hidden * (1 if fp8 is not None else ELEMENT_BYTES[code])
+    if row_bytes % 16:
+        raise ConfigError(f"rows of {row_bytes} bytes are no multiple of 16 bytes, in which the GPU copies")
+    return x, scales, code
+
+
+def _describe(call: CallWords) -> str:
+    kind = next((name for name, code in KINDS.items() if code == call.kind), f"operation {call.kind}")
+    words = [kind]
+    if call.kind != KINDS["barrier"]:
+        words.append(f"dtype={DTYPES[call.dtype] if call.dtype < len(DTYPES) else call.dtype}")
+    if call.kind in (KINDS["dispatch"], KINDS["cached_dispatch"]):
+        words.append(f"cast={('none', 'e4m3', 'e4m3_pow2')[call.cast]}")
+    if call.kind == KINDS["dispatch"]:
+        layout = next(name for name, code in LAYOUTS.items() if code == call.layout)
+        words += [f"layout={layout}", f"expert_alignment={call.alignment}"]
+    if call.kind == KINDS["combine"]:
+        words.append(f"weight_grads={'yes' if call.has_grads else 'no'}")
+    if call.kind in (KINDS["cached_dispatch"], KINDS["combine"]):
+        words.append(f"handle={call.handle_epoch}")
+    return " ".join(words)
+
+
+def _reason(header: Any, rank: int, num_topk: int, num_experts: int) -> str:
+    """Why a rank's row is not OK."""
+    if header.status == _REJECTED:
+        return bytes(header.text).rstrip(b"\0").decode(errors="replace")
+    token, slot = divmod(header.bad_index, num_topk)
+    place = f" at token {token}, slot {slot} on rank {rank}"
+    if header.status == 1:
+        return f"expert id {header.bad_value}{place} is not -1 or in 0..{num_experts - 1}"
+    if header.status == 2:
+        return f"expert {header.bad_value} occurs twice{place}"
+    weight = struct.unpack("<f", struct.pack("<I", header.bad_value & 0xFFFFFFFF))[0]
+    return f"weight {weight}{place} is not finite"
+
+
+def refusal(result: HostResult, num_ranks: int, num_topk: int, num_experts: int) -> CommError:
+    """The error for a verdict other than "go"; the same on every rank."""
+    headers = result.headers[:num_ranks]
+    reasons = [
+        f"rank {rank}: {_reason(header, rank, num_topk, num_experts)}"
+        for rank, header in enumerate(headers)
+        if header.status
+    ]
+    if reasons:
+        return ConfigError("; ".join(reasons))
+    first = bytes(headers[0].call)
+    for rank, header in enumerate(headers):
+        if bytes(header.call) != first:
+            return ConfigError(
+                f"ranks disagree about the call: rank 0 calls '{_describe(headers[0].call)}', "
+                f"rank {rank} calls '{_describe(header.call)}'"
+            )
+    short = [
+        (rank, needed, header.grant_bytes)
+        for rank, (header, needed) in enumerate(zip(headers, result.needed[:num_ranks], strict=True))
+        if needed > header.grant_bytes
+    ]
+    text = "; ".join(
+        f"rank {rank} needs {format_bytes(needed)} in one piece, its arena has {format_bytes(room)}"
+        for rank, needed, room in short
+    )
+    return CapacityError(
+        f"{text}; drop results that are no longer used or give the Runtime more arena_bytes",
+        needed=max(needed for _, needed, _ in short),
+        available=min(room for _, _, room in short),
+    )
+
+
+def fault_error(note: Any, rank: int, timeout_s: float) -> CommTimeout:
+    """The error for a fault that this rank's or a peer's kernel noted."""
+    phase = _PHASES.get(note.phase, f"phase {note.phase}")
+    return CommTimeout(
+        f"rank {note.rank} waited for rank {note.peer} in {phase} on channel {note.peer} -> {note.rank}, epoch "
+        f"{note.epoch}: expected {note.expected}, seen {note.seen}; no progress for {timeout_s:g} s; noticed by rank "
+        f"{rank}",
+        rank=note.rank,
+        peer=note.peer,
+        channel=f"{note.peer} -> {note.rank}",
+        phase=phase,
+        tag=note.epoch,
+        expected=note.expected,
+        seen=note.seen,
+    )

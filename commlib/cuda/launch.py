@@ -1,0 +1,102 @@
+"""How many blocks, warps and bytes of shared memory each kernel gets: pure arithmetic, printable."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+from commlib.errors import ConfigError
+from commlib.layout import SCALE_BLOCK, align_up
+
+__all__ = ["MAX_SHARED_BYTES", "Launch", "Tuning", "plan_combine", "plan_dispatch", "push_limit_bytes"]
+
+MAX_SHARED_BYTES = 227 * 1024  # of one block on compute capability 9.0
+STAGES = 4  # kStages in native/cuda
+_WARP_ALIGNMENT = 128  # RowPipe::kAlignment
+_MAX_COMBINE_PIECE = 7 * 512  # kVectors in native/cuda/combine.cu: what a warp sums in registers
+_GOOD_UNIT = 512  # pieces that are multiples of this start on whole lines: a third slower otherwise
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """What may be varied without changing any result.
+
+    Attributes:
+        dispatch_warps: of a block; shared memory is divided among them.
+        push_warps: of these, how many push before they help to expand.
+        busy_push_warps: likewise where a row is cast, or has no copies to make (layout "rows").
+        combine_warps: of a block.
+        final_warps: of these, how many sum own tokens from the start.
+    """
+
+    dispatch_warps: int = 14
+    push_warps: int = 7
+    busy_push_warps: int = 12
+    combine_warps: int = 15
+    final_warps: int = 3
+
+
+def _table_bytes(lanes: int) -> int:
+    """RowPipe::kTableBytes and Announcer::kBytes in native/cuda/bulk.cuh."""
+    return align_up(STAGES * (lanes * 8 + 8 + 4), 16) + 8 * (lanes * 4 + 4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """Shape of a kernel that moves rows.
+
+    Attributes:
+        warps: of a block.
+        piece_bytes: most bytes of a row that travel in one stage.
+        shared_bytes: dynamic shared memory of a block; the kernel traps if it is less than it cuts up.
+    """
+
+    warps: int
+    piece_bytes: int
+    shared_bytes: int
+
+
+def _pieces(row_bytes: int, unit: int, max_piece: int) -> list[int]:
+    """Sizes of pieces to choose from, largest first."""
+    if row_bytes % 16:
+        raise ConfigError(f"rows of {row_bytes} bytes are no multiple of 16 bytes, in which the GPU copies")
+    sizes = {align_up(-(-row_bytes // pieces), unit) for pieces in range(1, -(-row_bytes // unit) + 1)}
+    return sorted((size for size in sizes if size <= max_piece), reverse=True)
+
+
+@cache
+def plan_dispatch(in_row_bytes: int, tuning: Tuning, *, cast_element_bytes: int = 0) -> Launch:
+    """The largest pieces that fit.
+
+    Args:
+        in_row_bytes: of a row as the caller gives it.
+        tuning: warps.
+        cast_element_bytes: of one of its elements if it is cast to FP8 on the way, else 0.
+
+    Raises:
+        ConfigError: rows are no multiple of 16 bytes, or there are too many warps.
+    """
+    unit = SCALE_BLOCK * cast_element_bytes if cast_element_bytes else min(_GOOD_UNIT, align_up(in_row_bytes, 16))
+    for piece in _pieces(in_row_bytes, unit, in_row_bytes + unit):
+        cast = STAGES * 32 * 8 + align_up(piece // 64, 16) if cast_element_bytes else 0
+        of_warp = align_up(STAGES * piece + _table_bytes(32) + cast, _WARP_ALIGNMENT)
+        shared_bytes = tuning.dispatch_warps * of_warp
+        if shared_bytes <= MAX_SHARED_BYTES:
+            return Launch(warps=tuning.dispatch_warps, piece_bytes=piece, shared_bytes=shared_bytes)
+    raise ConfigError(f"{tuning} leaves no shared memory for rows of {in_row_bytes} bytes")
+
+
+@cache
+def plan_combine(row_bytes: int, tuning: Tuning) -> Launch:
+    """The largest pieces that fit; raises like `plan_dispatch`."""
+    for piece in _pieces(row_bytes, min(_GOOD_UNIT, align_up(row_bytes, 16)), _MAX_COMBINE_PIECE):
+        of_warp = align_up(STAGES * piece + _table_bytes(1) + STAGES * 8, _WARP_ALIGNMENT)
+        shared_bytes = tuning.combine_warps * of_warp
+        if shared_bytes <= MAX_SHARED_BYTES:
+            return Launch(warps=tuning.combine_warps, piece_bytes=piece, shared_bytes=shared_bytes)
+    raise ConfigError(f"{tuning} leaves no shared memory for rows of {row_bytes} bytes")
+
+
+def push_limit_bytes(warps: int, piece_bytes: int) -> int:
+    """Dynamic shared memory of the push_limit kernel."""
+    return warps * align_up(STAGES * piece_bytes + _table_bytes(1), _WARP_ALIGNMENT)

@@ -1,0 +1,203 @@
+"""The structs that host and kernels share, as ctypes: mirrors of native/cuda/params.cuh.
+
+`layout_checks` turns them into assertions that every compilation of a kernel checks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_int32, c_int64, c_uint32, c_uint64, sizeof
+
+__all__ = [
+    "MAX_RANKS",
+    "MAX_TOPK",
+    "TEXT_BYTES",
+    "WORKSPACE_BYTES",
+    "CallWords",
+    "CombineCall",
+    "DispatchCall",
+    "ExchangeCall",
+    "ExchangeHeader",
+    "FaultNote",
+    "HostResult",
+    "Landing",
+    "Mesh",
+    "PushLimitCall",
+    "Tables",
+    "layout_checks",
+    "sizeof",
+]
+
+MAX_RANKS = 32
+MAX_TOPK = 32
+TEXT_BYTES = 160
+_POINTER = c_uint64  # a device address
+
+# Workspace of native/cuda/params.cuh; its inside is the kernels' own business.
+WORKSPACE_BYTES = 4096
+
+
+class FaultNote(ctypes.Structure):
+    _fields_ = [
+        ("kind", c_uint32),
+        ("phase", c_uint32),
+        ("rank", c_int32),
+        ("peer", c_int32),
+        ("epoch", c_uint64),
+        ("expected", c_uint64),
+        ("seen", c_uint64),
+    ]
+
+
+class CallWords(ctypes.Structure):
+    _fields_ = [
+        (name, c_uint32)
+        for name in ("kind", "dtype", "cast", "layout", "alignment", "has_grads", "handle_epoch", "config")
+    ]
+
+
+class ExchangeHeader(ctypes.Structure):
+    _fields_ = [
+        ("epoch", c_uint64),
+        ("grant_offset", c_uint64),
+        ("grant_bytes", c_uint64),
+        ("status", c_uint32),
+        ("bad_index", c_uint32),
+        ("bad_value", c_int64),
+        ("call", CallWords),
+        ("text", ctypes.c_char * TEXT_BYTES),
+    ]
+
+
+class Landing(ctypes.Structure):
+    _fields_ = [
+        (name, c_uint64)
+        for name in (
+            "num_rows",
+            "num_records",
+            "rows",
+            "scales",
+            "weights",
+            "topk_idx",
+            "output_bytes",
+            "records",
+            "total_bytes",
+        )
+    ]
+
+
+class HostResult(ctypes.Structure):
+    _fields_ = [
+        ("epoch", c_uint64),
+        ("verdict", c_uint32),
+        ("reserved", c_uint32),
+        ("landing", Landing),
+        ("needed", c_uint64 * MAX_RANKS),
+        ("headers", ExchangeHeader * MAX_RANKS),
+    ]
+
+
+class Tables(ctypes.Structure):
+    _fields_ = [(name, _POINTER) for name in ("rank_counts", "num_rows", "rows_per_expert", "expert_offset")]
+
+
+class Mesh(ctypes.Structure):
+    _fields_ = [
+        *(
+            (name, c_int32)
+            for name in ("rank", "num_ranks", "num_experts", "num_topk", "max_tokens", "experts_per_rank")
+        ),
+        *(
+            (name, c_uint64)
+            for name in (
+                "timeout_ns",
+                "fault_word",
+                "fault_note",
+                "exchange_epoch",
+                "exchange_row",
+                "exchange_row_bytes",
+                "dispatch_arrived",
+                "combine_arrived",
+            )
+        ),
+        ("board", _POINTER),
+        ("workspace", _POINTER),
+        ("base", _POINTER * MAX_RANKS),
+    ]
+
+
+class ExchangeCall(ctypes.Structure):
+    _fields_ = [
+        *((name, _POINTER) for name in ("topk_idx", "topk_weights", "slots", "block_base", "result")),
+        ("tables", Tables),
+        *((name, c_uint64) for name in ("grant_offset", "grant_bytes", "row_bytes", "scales_bytes", "slot_bytes")),
+        *((name, c_uint32) for name in ("num_tokens", "tokens_per_block", "status", "reserved")),
+        ("call", CallWords),
+        ("text", ctypes.c_char * TEXT_BYTES),
+    ]
+
+
+class DispatchCall(ctypes.Structure):
+    _fields_ = [
+        *(
+            (name, _POINTER)
+            for name in ("x", "scales", "topk_idx", "topk_weights", "slots", "block_base", "records", "routes")
+        ),
+        ("tables", Tables),
+        *(
+            (name, c_uint32)
+            for name in (
+                "num_tokens",
+                "tokens_per_block",
+                "in_row_bytes",
+                "row_bytes",
+                "num_scales",
+                "piece_bytes",
+                "push_warps",
+                "layout",
+                "alignment",
+                "cast",
+                "dtype",
+                "reserved",
+            )
+        ),
+    ]
+
+
+class CombineCall(ctypes.Structure):
+    _fields_ = [
+        *(
+            (name, _POINTER)
+            for name in ("y", "weights", "weight_grads", "out", "out_weight_grads", "records", "routes")
+        ),
+        *(
+            (name, c_uint32)
+            for name in ("num_tokens", "piece_bytes", "slot_bytes", "row_bytes", "layout", "final_warps")
+        ),
+    ]
+
+
+class PushLimitCall(ctypes.Structure):
+    _fields_ = [
+        ("rows", _POINTER),
+        ("landing", _POINTER * MAX_RANKS),
+        *((name, c_uint32) for name in ("num_peers", "num_rows", "row_bytes", "piece_bytes")),
+    ]
+
+
+_MIRRORS = (
+    FaultNote, CallWords, ExchangeHeader, Landing, HostResult, Tables, Mesh, ExchangeCall, DispatchCall, CombineCall,
+)  # fmt: skip
+
+
+def layout_checks() -> str:
+    """C++ assertions that the structs of native/cuda/params.cuh lie in memory as the ones here do."""
+    # What offsetof expands to in this compiler. NVRTC has not that header and, before 13.1, no built-in either.
+    lines = ["namespace commlib::cuda {", f"static_assert(sizeof(Workspace) <= {WORKSPACE_BYTES});"]
+    for mirror in _MIRRORS:
+        name = mirror.__name__
+        lines.append(f"static_assert(sizeof({name}) == {sizeof(mirror)});")
+        for field in mirror._fields_:
+            offset = getattr(mirror, field[0]).offset
+            lines.append(f"static_assert(__INTADDR__(&(({name}*)0)->{field[0]}) == {offset});")
+    return "\n".join([*lines, "}  // namespace commlib::cuda", ""])

@@ -1,0 +1,212 @@
+// Bulk copies (TMA) of rows through shared memory: one load, then one store for each lane that has
+// a target. A warp owns its stages; nothing is shared between warps.
+#pragma once
+
+#include "cuda/wait.cuh"
+
+namespace commlib::cuda {
+
+__device__ inline uint32_t shared_address(const void* pointer) {
+  return uint32_t(__cvta_generic_to_shared(pointer));
+}
+
+__device__ inline void bulk_load(void* stage, const void* from, uint32_t bytes, uint64_t* ready) {
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(ready)),
+      "r"(bytes)
+      : "memory");
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(shared_address(stage)),
+      "l"(from), "r"(bytes), "r"(shared_address(ready))
+      : "memory");
+}
+
+__device__ inline void bulk_store(void* to, const void* stage, uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to),
+               "r"(shared_address(stage)), "r"(bytes)
+               : "memory");
+}
+
+__device__ inline void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+// All but the newest N groups of this thread have read their shared memory.
+template <int N>
+__device__ inline void bulk_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");
+}
+
+// All but the newest N groups of this thread are complete: their writes are visible to this thread.
+template <int N>
+__device__ inline void bulk_wait() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(N) : "memory");
+}
+
+// Orders this thread's ordinary accesses of global (shared) memory before later bulk copies of it.
+// The fence over all memory would wait for the stores under way, too.
+__device__ inline void fence_async_global() {
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+__device__ inline void fence_async_shared() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+__device__ inline void init_barrier(uint64_t* barrier) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+}
+
+// Ends by itself: it waits for bulk loads from own memory only.
+__device__ inline void wait_barrier(uint64_t* barrier, uint32_t parity) {
+  uint32_t is_done = 0;
+  while (is_done == 0)
+    asm volatile(
+        "{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, "
+        "p;}"
+        : "=r"(is_done)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+}
+
+struct NoTransform {
+  __device__ uint32_t operator()(uint8_t*, uint32_t bytes, int) const { return bytes; }
+};
+
+// A warp's stages. Pieces are loaded kStages - 1 ahead and stored in the order of loading. Every
+// stored piece is one bulk group of every lane, so groups count pieces. kLanes: lanes that may have
+// a target.
+template <int kStages, int kLanes>
+struct RowPipe {
+  static constexpr uint32_t kTableBytes = kStages * (kLanes * 8 + 8 + 4);
+  // Of the memory of a warp: bulk copies from and to stages that start elsewhere took a quarter
+  // longer.
+  static constexpr uint32_t kAlignment = 128;
+
+  uint8_t* stages;
+  uint64_t* ready;    // [stage]
+  uint64_t* targets;  // [stage][lane]: where the lane stores the piece; 0: nowhere
+  uint32_t* lengths;  // [stage]
+  uint32_t piece_bytes;
+  uint32_t loaded = 0;
+  uint32_t stored = 0;
+
+  // `memory`: kStages * piece bytes, then kTableBytes.
+  __device__ void init(uint8_t* memory, uint32_t bytes) {
+    piece_bytes = bytes;
+    stages = memory;
+    targets = reinterpret_cast<uint64_t*>(memory + kStages * bytes);
+    ready = targets + kStages * kLanes;
+    lengths = reinterpret_cast<uint32_t*>(ready + kStages);
+    if (lane_id() == 0)
+      for (int s = 0; s < kStages; ++s) init_barrier(ready + s);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    __syncwarp();
+  }
+
+  // Room for one put(). The stage it will take (loaded % kStages) and its tables are out of use
+  // then. `transform(stage, bytes, stage number)` may rewrite a piece in place and returns its new
+  // size.
+  template <typename Transform>
+  __device__ void make_room(Transform& transform) {
+    if (loaded - stored == kStages - 1) store_oldest(transform);
+  }
+
+  __device__ void put(const uint8_t* from, uint32_t bytes, uint64_t target) {
+    // The stage was stored from two groups ago.
+    bulk_wait_read<1>();
+    const uint32_t stage = loaded % kStages;
+    if (lane_id() < kLanes) targets[stage * kLanes + lane_id()] = target;
+    if (lane_id() == 0) lengths[stage] = bytes;
+    __syncwarp();  // every lane's store has read the stage, and the tables are written
+    if (lane_id() == 0) bulk_load(stages + stage * piece_bytes, from, bytes, ready + stage);
+    ++loaded;
+  }
+
+  template <typename Transform>
+  __device__ void store_oldest(Transform& transform) {
+    const uint32_t stage = stored % kStages;
+    uint8_t* piece = stages + stage * piece_bytes;
+    wait_barrier(ready + stage, (stored / kStages) & 1);
+    const uint32_t bytes = transform(piece, lengths[stage], int(stage));
+    const uint64_t target = lane_id() < kLanes ? targets[stage * kLanes + lane_id()] : 0;
+    if (target != 0) bulk_store(reinterpret_cast<void*>(target), piece, bytes);
+    bulk_commit();
+    ++stored;
+  }
+
+  // Stores what is loaded and waits until all of it has been written.
+  template <typename Transform>
+  __device__ void drain(Transform& transform) {
+    while (stored < loaded) store_oldest(transform);
+    bulk_wait<0>();
+    __syncwarp();
+  }
+};
+
+// Rows of a warp that are on their way to peers, and the flags that will tell of their arrival.
+// Flags follow in batches: one fence orders the rows before all of them.
+//
+// kLanes: lanes that may have a row each. kBatch: rows told together; a larger batch has fewer
+// fences and keeps receivers waiting longer. kLag: newest pieces that need not be complete when a
+// batch goes.
+template <int kLanes, uint32_t kBatch, uint32_t kLag>
+struct Announcer {
+  static constexpr uint32_t kRows = 8;  // pending at most
+  static constexpr uint32_t kNobody = ~0u;
+  static constexpr uint32_t kNumberBits = 27;  // of a record; the rank is above
+  static constexpr uint32_t kBytes = kRows * (kLanes * 4 + 4);
+
+  uint32_t* places;  // [row][lane]: rank and record to tell, or kNobody
+  uint32_t* ends;    // [row]: pieces stored when the row is
+  uint32_t added = 0;
+  uint32_t told = 0;
+
+  __device__ void init(uint8_t* memory) {
+    places = reinterpret_cast<uint32_t*>(memory);
+    ends = places + kRows * kLanes;
+  }
+
+  __device__ static uint32_t place(int rank, int record) {
+    return uint32_t(rank) << kNumberBits | uint32_t(record);
+  }
+
+  // A row that is complete once `end` pieces are. `tell` after it keeps room for the next.
+  __device__ void add(uint32_t where, uint32_t end) {
+    if (lane_id() < kLanes) places[added % kRows * kLanes + uint32_t(lane_id())] = where;
+    if (lane_id() == 0) ends[added % kRows] = end;
+    ++added;
+    __syncwarp();
+  }
+
+  // Tells of rows whose pieces are old enough, if they make a batch. `flags`: offset of
+  // [rank][record] words.
+  template <typename Pipe>
+  __device__ void tell(const Mesh& mesh, uint64_t flags, uint32_t epoch, const Pipe& pipe) {
+    uint32_t complete = told;
+    while (complete < added && ends[complete % kRows] + kLag <= pipe.stored) ++complete;
+    if (complete - told < kBatch && added - told < kRows) return;
+    bulk_wait<int(kLag)>();
+    tell_until(mesh, flags, epoch, complete);
+  }
+
+  // After drain(): all of them.
+  __device__ void tell_all(const Mesh& mesh, uint64_t flags, uint32_t epoch) {
+    tell_until(mesh, flags, epoch, added);
+  }
+
+  __device__ void tell_until(const Mesh& mesh, uint64_t flags, uint32_t epoch, uint32_t end) {
+    if (told == end) return;
+    __syncwarp();
+    fence_system();  // partner: the acquire in wait_arrived at the receiver
+    for (; told < end; ++told) {
+      const uint32_t where =
+          lane_id() < kLanes ? places[told % kRows * kLanes + uint32_t(lane_id())] : kNobody;
+      if (where == kNobody) continue;
+      const uint64_t record = where & ((1u << kNumberBits) - 1);
+      uint32_t* words = at<uint32_t>(mesh, int(where >> kNumberBits), flags);
+      store_relaxed(words + uint64_t(mesh.rank) * mesh.max_tokens + record, epoch);
+    }
+    __syncwarp();  // places may be overwritten
+  }
+};
+
+}  // namespace commlib::cuda

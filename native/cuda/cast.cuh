@@ -1,0 +1,112 @@
+// BF16 or FP32 columns to E4M3 with one FP32 scale per 128 columns, in a stage of shared memory.
+// Formulas: commlib/quant.py.
+#pragma once
+
+#include "cuda/params.cuh"
+
+namespace commlib::cuda {
+
+__device__ inline void unpack8(const uint8_t* from, uint32_t dtype, float (&values)[8]) {
+  const uint4 first = *reinterpret_cast<const uint4*>(from);
+  const uint32_t words[4] = {first.x, first.y, first.z, first.w};
+  if (dtype == uint32_t(Dtype::kBf16)) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      values[2 * i] = __uint_as_float(words[i] << 16);
+      values[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+    }
+    return;
+  }
+  const uint4 second = *reinterpret_cast<const uint4*>(from + 16);
+  const uint32_t more[4] = {second.x, second.y, second.z, second.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    values[i] = __uint_as_float(words[i]);
+    values[4 + i] = __uint_as_float(more[i]);
+  }
+}
+
+// 2^ceil(log2(scale)): a scale with mantissa bits goes to the next power; infinity stays.
+__device__ inline float next_power_of_two(float scale) {
+  const uint32_t bits = __float_as_uint(scale);
+  return __uint_as_float(bits >= 0x7f800000u ? bits : (bits + 0x7fffffu) & 0x7f800000u);
+}
+
+__device__ inline uint32_t to_e4m3x2(float low, float high) {
+  uint16_t pair;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+// x / scale as IEEE division rounds it, in a quarter of the instructions. The first correction
+// makes the guess faithful; from a faithful guess and the correctly rounded reciprocal the second
+// gives the rounded quotient (Markstein, "Computation of elementary functions on the IBM RISC
+// System/6000 processor", 1990). Quotients that are so small that a remainder underflows are far
+// below the smallest E4M3 number.
+__device__ inline float divide(float x, float scale, float inverse) {
+  const float guess = __fmul_rn(x, inverse);
+  const float faithful = __fmaf_rn(__fmaf_rn(-guess, scale, x), inverse, guess);
+  return __fmaf_rn(__fmaf_rn(-faithful, scale, x), inverse, faithful);
+}
+
+__device__ inline float scale_of(uint32_t top, uint32_t cast) {
+  const float scale = __fdiv_rn(fmaxf(__uint_as_float(top), 1e-4f), 448.0f);
+  return cast == kCastPow2 ? next_power_of_two(scale) : scale;
+}
+
+__device__ inline uint2 to_e4m3x8(const float (&values)[8], float scale) {
+  float q[8];
+  const bool is_finite = scale < __uint_as_float(0x7f800000u);
+  const float inverse = __frcp_rn(scale);
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    q[i] = is_finite ? divide(values[i], scale, inverse)
+                     : __fmul_rn(values[i], 0.0f);  // infinity gives NaN
+  return make_uint2(to_e4m3x2(q[0], q[1]) | to_e4m3x2(q[2], q[3]) << 16,
+                    to_e4m3x2(q[4], q[5]) | to_e4m3x2(q[6], q[7]) << 16);
+}
+
+// Half a warp per block of 128 columns, 8 columns a lane, kRounds blocks each at a time. In place:
+// what a round writes lies below what the next one reads. Scales go to `scales` (shared); returns
+// the new size.
+__device__ inline uint32_t cast_piece(uint8_t* piece, uint32_t bytes, uint32_t dtype, uint32_t cast,
+                                      float* scales) {
+  constexpr int kRounds = 2;
+  const uint32_t element = dtype == uint32_t(Dtype::kBf16) ? 2 : 4;
+  const uint32_t blocks = bytes / (uint32_t(kScaleBlock) * element);
+  const uint32_t lane = threadIdx.x % 32, half = lane / 16, column = lane % 16 * 8;
+  for (uint32_t first = 0; first < blocks; first += 2 * kRounds) {
+    float values[kRounds][8];
+    uint32_t top[kRounds] =
+        {};  // |x| as bits orders like |x|; a NaN is left out and only spoils itself
+#pragma unroll
+    for (int r = 0; r < kRounds; ++r) {
+      const uint32_t block = min(first + 2 * r + half, blocks - 1);
+      unpack8(piece + (uint64_t(block) * kScaleBlock + column) * element, dtype, values[r]);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const uint32_t magnitude = __float_as_uint(values[r][i]) & 0x7fffffffu;
+        top[r] = max(top[r], magnitude <= 0x7f800000u ? magnitude : 0u);
+      }
+    }
+#pragma unroll
+    for (int delta = 8; delta > 0; delta /= 2)
+#pragma unroll
+      for (int r = 0; r < kRounds; ++r)
+        top[r] = max(top[r], __shfl_xor_sync(0xffffffffu, top[r], delta));
+    __syncwarp();
+#pragma unroll
+    for (int r = 0; r < kRounds; ++r) {
+      const uint32_t block = first + 2 * r + half;
+      const float scale = scale_of(top[r], cast);
+      const uint2 packed = to_e4m3x8(values[r], scale);
+      if (block >= blocks) continue;
+      *reinterpret_cast<uint2*>(piece + block * kScaleBlock + column) = packed;
+      if (lane % 16 == 0) scales[block] = scale;
+    }
+    __syncwarp();
+  }
+  return blocks * uint32_t(kScaleBlock);
+}
+
+}  // namespace commlib::cuda

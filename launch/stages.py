@@ -113,6 +113,9 @@ def native_tests(sanitizer: str = "") -> Counts:
         return Counts(failed=1)
     counts = Counts()
     for case in ElementTree.parse(report).getroot().iter("testcase"):
+        if (case.get("name") or "").endswith("_seeded"):  # passes by its report of a race, dies before a summary
+            counts += Counts(passed=1) if case.get("status") == "run" else Counts(failed=1)
+            continue
         cases = DOCTEST_CASES.search(case.findtext("system-out") or "")
         counts += Counts(*(int(number) for number in cases.groups())) if cases else Counts(failed=1)
         if cases and case.get("status") != "run" and cases[2] == "0":

@@ -1,6 +1,8 @@
 // Set-up, the queue, closing, and several Runtimes in one process.
 #define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <cstring>
 #include <future>
@@ -333,6 +335,38 @@ TEST_CASE("outputs outlive their engine") {
             scene.tokens[size_t(rows[i].source)].x[size_t(rows[i].token) * kHidden]);
   }
 }
+
+#if !defined(__SANITIZE_THREAD__)  // does not support forks of processes with threads
+TEST_CASE("a forked child cannot use the Runtime, nor hurt it by leaving") {
+  const Scene scene = make_scene(config_2x2(), 9, 1);
+  EngineGroup group(scene.config);
+  const pid_t pid = fork();
+  REQUIRE(pid >= 0);
+  if (pid == 0) {
+    int result = 0;
+    for (int rank = 0; rank < 4; ++rank) {
+      try {
+        group.engine(rank).submit(barrier_op());
+        result = 1;
+      } catch (const ConfigException&) {
+      }
+      group.engine(rank).close();
+      group.destroy(rank);
+    }
+    _exit(result);
+  }
+  int status = -1;
+  REQUIRE(waitpid(pid, &status, 0) == pid);
+  CHECK(WIFEXITED(status));
+  CHECK(WEXITSTATUS(status) == 0);
+  std::vector<std::future<bool>> results;
+  for (int rank = 0; rank < 4; ++rank)
+    results.push_back(
+        std::async(std::launch::async, [&, rank] { return work(group, scene, rank, 1); }));
+  for (auto& result : results) CHECK(result.get());
+  for (const Outcome& outcome : group.close()) CHECK(outcome.kind == OutcomeKind::kDone);
+}
+#endif
 
 TEST_CASE("several Runtimes of one process do not disturb each other") {
   const Scene a = make_scene(config_2x2(), 11, 1);

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "tests/oracle.hpp"
+#include "tests/random_nodes.hpp"
 
 using namespace commlib;
 using namespace commlib::testing;
@@ -316,6 +317,37 @@ TEST_CASE("ring and chunk sizes may be any numbers") {
   for (const size_t extra : {1, 8, 24, 1001}) {
     scene.config.chunk_bytes = 1000 + extra;
     scene.config.ring_bytes = 3000 + extra * 5;
+    run_scene(scene);
+  }
+}
+
+TEST_CASE("random groups, sizes and routings") {
+  for (unsigned seed = 0; seed < 40; ++seed) {
+    CAPTURE(seed);
+    std::mt19937 random(seed);
+    const auto pick = [&](int low, int high) {
+      return std::uniform_int_distribution<int>(low, high)(random);
+    };
+    Scene scene;
+    const std::vector<int> nodes = random_nodes(random, 7);
+    const int ranks = int(nodes.size());
+    const int experts = ranks * pick(1, 4);
+    scene.config = small_config(nodes, experts, pick(1, std::min(experts, 9)), size_t(pick(1, 70)));
+    scene.config.num_threads = pick(1, 3);
+    scene.config.chunk_tokens = pick(1, 9);
+    scene.config.chunk_bytes = size_t(pick(1, 3000));
+    scene.config.arena_bytes = size_t(pick(0, 20000));
+    const size_t slot =
+        make_slot(scene.config.hidden * 4, 0, record_bytes(scene.config.num_topk)).slot_bytes;
+    scene.config.ring_bytes = 2 * std::max(scene.config.chunk_bytes, slot) + size_t(pick(0, 3000));
+    scene.layout = pick(0, 2) == 0 ? Layout::kRows : Layout::kGrouped;
+    scene.alignment = size_t(pick(1, 16));
+    scene.dtype = pick(0, 1) == 0 ? Dtype::kF32 : Dtype::kBf16;
+    scene.is_weighted = pick(0, 1) == 0;
+    const double mask_share = pick(0, 4) == 0 ? 0.9 : 0.1 * pick(0, 3);
+    for (int rank = 0; rank < ranks; ++rank)
+      scene.tokens.push_back(
+          random_tokens(rank, pick(0, 3) == 0 ? 0 : pick(1, 50), scene.config, mask_share, seed));
     run_scene(scene);
   }
 }

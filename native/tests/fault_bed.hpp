@@ -12,7 +12,7 @@
 namespace commlib::testing {
 
 #if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
-constexpr double kSlow = 4;  // sanitizers: healthy ranks need longer to show that they are
+constexpr double kSlow = 2.5;  // sanitizers: healthy ranks need longer to show that they are
 #else
 constexpr double kSlow = 1;
 #endif

@@ -342,6 +342,22 @@ TEST_CASE("arena: kill -9 leaves the peers their mapping and /dev/shm nothing") 
   CHECK_THROWS_AS(ArenaView{address}, ConfigException);  // the owner is gone
 }
 
+TEST_CASE("arena: an address that leads to something else is refused") {
+  Arena arena(kPage, kPage, 4 * kPage);
+  arena.base()[9] = 7;
+  ArenaAddress address = arena.address();
+  address.nonce ^= 1;  // as if from another process
+  CHECK(ArenaView(address).base()[9] == 7);
+  CHECK(ArenaView(address).base() != arena.base());
+  for (uint64_t ArenaAddress::* field : {&ArenaAddress::inode, &ArenaAddress::device}) {
+    ArenaAddress wrong = address;
+    wrong.*field ^= 1;
+    CHECK_THROWS_AS(ArenaView{wrong}, ConfigException);
+  }
+  address.fd = 100000;
+  CHECK_THROWS_AS(ArenaView{address}, ConfigException);
+}
+
 TEST_CASE("arena: ranks that are threads share one mapping, also after the owner has closed") {
   auto arena = std::make_unique<Arena>(kPage, kPage, 4 * kPage);
   const ArenaAddress address = arena->address();

@@ -2,6 +2,7 @@
 #define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
+#include <future>
 #include <map>
 #include <random>
 #include <vector>
@@ -41,6 +42,11 @@ std::vector<Planned> push_random(ProxyEnd& end, int count, unsigned seed) {
   return plan;
 }
 
+void say_goodbye_for_peers(ProxyEnd& end) {
+  for (int peer : end.mesh().group().scale_out_peers(0))
+    store_release(end.word(end.mesh().registered().heartbeat_in, peer), kClosed);
+}
+
 bool is_channel_signal(const ProxyEnd& end, const Event& event, uint32_t channel) {
   const ChannelSpec& spec = const_cast<ProxyEnd&>(end).proxy().channels().specs()[channel];
   return event.kind == Event::kSignal && event.peer == spec.peer &&
@@ -66,7 +72,8 @@ TEST_CASE("one put per command, counters after the data, totals add up") {
     (is_exchange ? exchange_bytes : data_bytes) += planned.fields.bytes;
   }
   REQUIRE(wait_until([&] { return end.proxy().counters().commands == plan.size(); }));
-  end.proxy().stop(true, 1);  // now the log is complete
+  say_goodbye_for_peers(end);
+  end.proxy().stop(true, 30);  // now the log is complete
   const std::vector<Event> events = fake.events();
 
   // Every put command is one put, in order, unchanged.
@@ -202,9 +209,12 @@ TEST_CASE("a clean stop posts what is queued and says good-bye") {
   const uint32_t channel = end.proxy().channels().to_node(ChannelPurpose::kDispatchData, 1);
   for (int i = 0; i < 1000; ++i)
     REQUIRE(end.fifo().push(encode({CommandKind::kPut, channel, 1, 16, 0, 0})));
+  say_goodbye_for_peers(end);
   end.proxy().start();
-  end.proxy().stop(true, 5);
-  end.proxy().stop(true, 5);  // idempotent
+  const double begin = now_s();
+  end.proxy().stop(true, 30);
+  end.proxy().stop(true, 30);  // idempotent
+  CHECK(now_s() - begin < 20);
   CHECK(fake.events(Event::kPut).size() == 1000);
   CHECK(fake.is_shut_down());
   const Event last = fake.events().back();
@@ -212,6 +222,32 @@ TEST_CASE("a clean stop posts what is queued and says good-bye") {
   CHECK(last.value == kClosed);
   CHECK(last.remote_offset == RegisteredRegion::line(end.mesh().registered_of(1).heartbeat_in, 0));
   CHECK(load_acquire(end.mesh().arena_word(0, end.mesh().control().heartbeat)) == kClosed);
+}
+
+TEST_CASE("a clean stop waits for the good-byes of remote peers, but not for ever") {
+  {
+    ProxyEnd end(0, {0, 1, 2}, kRingBytes);
+    FakeTransport& fake = end.use_fake();
+    end.proxy().start();
+    auto stopped = std::async(std::launch::async, [&] { end.proxy().stop(true, 60); });
+    const auto has_said_goodbye = [&] {
+      const auto signals = fake.events(Event::kSignal);
+      return !signals.empty() && signals.back().value == kClosed;
+    };
+    REQUIRE(wait_until(has_said_goodbye));
+    store_release(end.word(end.mesh().registered().heartbeat_in, 1), kClosed);
+    CHECK(stopped.wait_for(std::chrono::milliseconds(100)) == std::future_status::timeout);
+    CHECK(!fake.is_shut_down());  // rank 2 may still need our progress
+    store_release(end.word(end.mesh().registered().heartbeat_in, 2), kClosed);
+    CHECK(stopped.wait_for(std::chrono::seconds(30)) == std::future_status::ready);
+  }
+  ProxyEnd end(0, {0, 1}, kRingBytes);
+  end.use_fake();
+  end.proxy().start();
+  const double begin = now_s();
+  end.proxy().stop(true, 0.3);
+  CHECK(now_s() - begin >= 0.3);
+  CHECK(now_s() - begin < 20);
 }
 
 TEST_CASE("an unclean stop does not pretend to be a good-bye") {

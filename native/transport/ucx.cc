@@ -7,10 +7,6 @@
 namespace commlib {
 namespace {
 
-// Closing by force is local work: it cancels what is outstanding and waits for no peer. If it has
-// not finished by then, the worker is destroyed with the endpoint in it, which UCX permits.
-constexpr std::chrono::seconds kForcedCloseLimit{1};
-
 constexpr int kDrainRounds = 64;
 
 }  // namespace
@@ -181,7 +177,6 @@ int UcxTransport::progress() {
   if (worker_ == nullptr) return report_completions();
   int events = static_cast<int>(ucp_worker_progress(worker_));
   events += release_held();
-  if (!failed_.empty()) close_failed();
   return events + report_completions();
 }
 
@@ -189,7 +184,7 @@ bool UcxTransport::idle() const { return is_drained() && !has_completions(); }
 
 // ---------------------------------------------------------------------------------- failure
 
-// Runs inside ucp_worker_progress or a post. The endpoint is closed later, from progress().
+// Runs inside ucp_worker_progress or a post.
 void UcxTransport::on_endpoint_error(void* user_data, ucp_ep_h, ucs_status_t status) {
   auto* peer = static_cast<Peer*>(user_data);
   peer->owner->fail_peer(*peer, status, "ucp endpoint error handler", ucs_status_string(status));
@@ -199,7 +194,6 @@ void UcxTransport::fail_peer(Peer& peer, int code, const std::string& call,
                              const std::string& message) {
   if (peer.failed) return;
   peer.failed = true;
-  failed_.push_back(&peer);
   for (const Command& command : peer.held) {
     if (command.kind == CommandKind::kPut) complete_later(command.value);
   }
@@ -211,39 +205,10 @@ void UcxTransport::fail_peer(Peer& peer, int code, const std::string& call,
                 call + ": " + message);
 }
 
-void UcxTransport::close_failed() {
-  for (Peer* peer : failed_) close_endpoint(*peer);
-  failed_.clear();
-}
-
-// By force: cancels what is outstanding, with callbacks. A remote key has to go before its
-// endpoint, but not before the operations that use it; leftovers go in release_handles().
-void UcxTransport::close_endpoint(Peer& peer) {
-  if (peer.ep == nullptr) return;
-  if (peer.outstanding == 0 && peer.rkey != nullptr) {
-    ucp_rkey_destroy(peer.rkey);
-    peer.rkey = nullptr;
-  }
-  ucp_request_param_t param{};
-  param.op_attr_mask =
-      UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA | UCP_OP_ATTR_FIELD_FLAGS;
-  param.flags = UCP_EP_CLOSE_FLAG_FORCE;
-  param.cb.send = &UcxTransport::on_closed;
-  param.user_data = this;
-  ucs_status_ptr_t request = ucp_ep_close_nbx(peer.ep, &param);
-  peer.ep = nullptr;
-  if (UCS_PTR_IS_PTR(request)) ++closing_;
-}
-
-void UcxTransport::on_closed(void* request, ucs_status_t, void* user_data) {
-  --static_cast<UcxTransport*>(user_data)->closing_;
-  ucp_request_free(request);
-}
-
 // ---------------------------------------------------------------------------------- shutdown
 
-bool UcxTransport::wait_until(Clock::time_point deadline, bool (UcxTransport::*done)() const) {
-  while (!(this->*done)()) {
+bool UcxTransport::drain_until(Clock::time_point deadline) {
+  while (!is_drained()) {
     if (Clock::now() >= deadline) return false;
     if (ucp_worker_progress(worker_) + release_held() == 0) std::this_thread::yield();
   }
@@ -260,26 +225,21 @@ void UcxTransport::shutdown(double timeout_s) noexcept {
   for (int i = 0; i < kDrainRounds && ucp_worker_progress(worker_) != 0; ++i) {
   }
   // Everything posted has left our buffers, then everything has arrived at the peers.
-  if (wait_until(deadline, &UcxTransport::is_drained)) {
+  if (drain_until(deadline)) {
     for (const auto& peer : peers_) {
       if (peer != nullptr && !peer->failed) start_flush(*peer);
     }
-    wait_until(deadline, &UcxTransport::is_drained);
+    drain_until(deadline);
   }
-  for (const auto& peer : peers_) {
-    if (peer != nullptr) close_endpoint(*peer);
-  }
-  failed_.clear();
-  wait_until(Clock::now() + kForcedCloseLimit, &UcxTransport::is_closed);
-  // After the death of a peer UCX may warn that requests were "not returned to mpool": its own
-  // replies that it had queued for that peer, freed with the worker. None of ours.
+  // After the death of a peer UCX may warn that requests were "not returned to mpool": they are
+  // freed with the worker.
   release_handles();
   complete_leftovers();
   report_completions();
 }
 
-// What neither UCX nor closing by force has reported. The worker is gone: nothing reads the
-// buffers any more and no callback follows.
+// What UCX has not reported. The worker is gone: nothing reads the buffers any more and no callback
+// follows.
 void UcxTransport::complete_leftovers() {
   for (const auto& peer : peers_) {
     if (peer == nullptr) continue;

@@ -1,12 +1,12 @@
 // Provider over UCX (UCP): one context and one worker per transport, one endpoint per peer.
 //
 // Why puts and not active messages: a put of a chunk is one operation on every fabric, and on RDMA
-// needs nothing from the receiver. Where the fabric has no put (TCP with error handling, memory
-// UCX cannot map), UCX emulates it inside ucp_worker_progress of the receiver.
+// needs nothing from the receiver. Where the receiver must help (TCP, shared memory that UCX did
+// not allocate), it does so inside ucp_worker_progress.
 //
-// Where a put is emulated, the receiver's proxy thread writes payload and signal with plain stores
-// in posting order. On x86-64 that order is what other threads see (total store order). On a
-// weakly ordered CPU it is not promised; there use a fabric whose puts are written by hardware.
+// There the receiver's proxy thread writes payload and signal with plain stores in posting order.
+// On x86-64 that order is what other threads see (total store order). On a weakly ordered CPU it is
+// not promised; there use a fabric whose puts are written by hardware.
 #pragma once
 
 #include <ucp/api/ucp.h>
@@ -109,15 +109,11 @@ class UcxTransport final : public ProviderBase {
   void finish(Operation* operation, ucs_status_t status);
   int release_held();
   void fail_peer(Peer& peer, int code, const std::string& call, const std::string& message);
-  void close_failed();
-  void close_endpoint(Peer& peer);
   bool is_drained() const { return outstanding_ == 0 && held_ == 0; }
-  bool is_closed() const { return closing_ == 0; }
-  bool wait_until(Clock::time_point deadline, bool (UcxTransport::*done)() const);
+  bool drain_until(Clock::time_point deadline);
   void complete_leftovers();
 
   static void on_operation(void* request, ucs_status_t status, void* user_data);
-  static void on_closed(void* request, ucs_status_t status, void* user_data);
   static void on_endpoint_error(void* user_data, ucp_ep_h ep, ucs_status_t status);
 
   ucp_context_h context_ = nullptr;
@@ -128,12 +124,10 @@ class UcxTransport final : public ProviderBase {
   size_t bytes_ = 0;
 
   std::vector<std::unique_ptr<Peer>> peers_;  // by rank, null if not connected
-  std::vector<Peer*> failed_;                 // endpoints to close, filled by the error handler
   std::deque<Operation> operations_;          // all that ever existed; stable addresses
   std::vector<Operation*> free_;
   size_t outstanding_ = 0;  // operations in UCX
   size_t held_ = 0;         // commands in Peer::held
-  size_t closing_ = 0;      // endpoint closes under way
   bool is_shut_down_ = false;
 };
 

@@ -23,28 +23,10 @@ constexpr uint32_t kApi = make_version(1, 17);
 // First release line with FENCE_MODE=ep_based, and where ucp_config_modify reaches TCP settings.
 constexpr uint32_t kModern = make_version(1, 20);
 
-struct Setting {
-  const char* name;
-  const char* value;
-  uint32_t since;  // UCX warns about what it does not know
-};
-
-// Set unless the user has set UCX_<name>.
-//
-// Not set on purpose: TCP_USER_TIMEOUT and shorter TCP_KEEP*. With a user time-out the kernel
-// also kills a connection whose receiver answers but keeps its window closed, which is what a
-// stopped or slow peer under traffic looks like. Silence is the heartbeat's business, and its
-// time-out must not be undercut here.
-constexpr Setting kSettings[] = {
-    // Shared memory with peer error handling. Without it UCX takes TCP inside one host.
-    {"MM_ERROR_HANDLING", "y", 0},
-    // How often UCX looks whether the processes behind shared memory still exist.
-    {"KEEPALIVE_INTERVAL", "1s", 0},
-    // With error handling a put over TCP is a chain of messages of this size; the default of 8K
-    // costs two thirds of the throughput.
-    {"TCP_TX_SEG_SIZE", "512K", kModern},
-    {"TCP_RX_SEG_SIZE", "512K", kModern},
-};
+// No setting of UCX but the fence mode is changed. TCP_USER_TIMEOUT and shorter TCP_KEEP* in
+// particular stay as they are: with a user time-out the kernel also kills a connection whose
+// receiver answers but keeps its window closed, which is what a stopped or slow peer under traffic
+// looks like. Silence is the heartbeat's business, and its time-out must not be undercut here.
 
 // Followed by the worker address and the packed remote key.
 struct AddressHeader {
@@ -99,10 +81,6 @@ void UcxTransport::throw_setup(const char* call, ucs_status_t status, int peer,
 }
 
 UcxTransport::FenceMode UcxTransport::configure(ucp_config_t* config) const {
-  for (const Setting& setting : kSettings) {
-    if (is_set_by_user(setting.name) || loaded_version() < setting.since) continue;
-    ucp_config_modify(config, setting.name, setting.value);
-  }
   if (is_set_by_user("FENCE_MODE")) return FenceMode::kEndpoint;
   if (loaded_version() < kModern) return FenceMode::kFlush;
   const ucs_status_t status = ucp_config_modify(config, "FENCE_MODE", "ep_based");
@@ -228,7 +206,12 @@ void UcxTransport::unpack_address(Peer& peer, const std::vector<uint8_t>& addres
   params.field_mask = UCP_EP_PARAM_FIELD_REMOTE_ADDRESS | UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE |
                       UCP_EP_PARAM_FIELD_ERR_HANDLER;
   params.address = reinterpret_cast<const ucp_address_t*>(worker_address);
-  params.err_mode = UCP_ERR_HANDLING_MODE_PEER;
+  // Without peer error handling. With it a put over TCP or shared memory is emulated, the receiver
+  // answers each, and UCX 1.22 ends the process when it answers a peer that has died
+  // ("ucp_request.inl: Fatal: unexpected error: Endpoint timeout"). Without it a put over TCP is
+  // TCP's own; a broken connection still fails what is outstanding and calls the handler, and a
+  // peer that dies without a trace is found by the heartbeat.
+  params.err_mode = UCP_ERR_HANDLING_MODE_NONE;
   params.err_handler.cb = &UcxTransport::on_endpoint_error;
   params.err_handler.arg = &peer;
   ucs_status_t status = ucp_ep_create(worker_, &params, &peer.ep);
@@ -294,7 +277,7 @@ std::string UcxTransport::describe() const {
   return text.str();
 }
 
-// Endpoints are closed, nothing of ours is outstanding.
+// Endpoints go with the worker, and so does what is outstanding to peers that do not answer.
 void UcxTransport::release_handles() noexcept {
   for (const auto& peer : peers_) {
     if (peer != nullptr && peer->rkey != nullptr) ucp_rkey_destroy(peer->rkey);

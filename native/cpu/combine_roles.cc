@@ -152,7 +152,7 @@ uint64_t ranks_wanted(const Group& group, const RecordEntry* entries, int num_to
 class ForwardReduce : public Role {
  public:
   ForwardReduce(const CombineContext& context, int source, FifoProducer& fifo)
-      : Role("forward_reduce"),
+      : Role("forward_reduce", Urgency::kUrgent),
         context_(context),
         group_(context.group()),
         source_(source),
@@ -246,7 +246,7 @@ class ForwardReduce : public Role {
 class FinalReduce : public Role {
  public:
   FinalReduce(const CombineContext& context, FifoProducer& fifo)
-      : Role("final_reduce"),
+      : Role("final_reduce", Urgency::kUrgent),
         context_(context),
         group_(context.group()),
         arrivals_(context, group_.rank()) {

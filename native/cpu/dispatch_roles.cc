@@ -130,7 +130,7 @@ class Push : public Role {
 class ScaleOutSend : public Role {
  public:
   ScaleOutSend(const DispatchContext& context, int node, FifoProducer& fifo)
-      : Role("scale_out_send"),
+      : Role("scale_out_send", Urgency::kUrgent),
         context_(context),
         node_(node),
         source_(context),
@@ -191,7 +191,7 @@ class ScaleOutSend : public Role {
 class Forward : public Role {
  public:
   Forward(const DispatchContext& context, int source, FifoProducer& fifo)
-      : Role("forward"),
+      : Role("forward", Urgency::kUrgent),
         context_(context),
         source_(source),
         slot_(context.slot()),

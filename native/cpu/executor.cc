@@ -313,20 +313,35 @@ void Executor::raise_failure(const char* name, const char* what) {
   board_.raise(fault);
 }
 
-// Steps this thread's roles until they are done (true) or the Runtime has a fault (false).
+// Steps the urgent roles among `mine`; true if anything moved.
+bool Executor::step_urgent(const std::vector<Role*>& mine) {
+  bool has_moved = false;
+  for (Role* role : mine)
+    if (role->is_urgent() && !role->is_done() && may_step(role->name())) has_moved |= role->step();
+  return has_moved;
+}
+
+// Steps this thread's roles until they are done (true) or the Runtime has a fault (false). Urgent
+// roles get a turn after each step of another: a round of all others takes longer than the network
+// needs for what is in flight.
 bool Executor::step_roles(Phase& phase, int thread, uint64_t epoch) {
+  std::vector<Role*> mine;
+  for (size_t i = size_t(thread); i < phase.roles.size(); i += size_t(config_.num_threads))
+    mine.push_back(phase.roles[i].get());
   Backoff backoff(kMaxWaitSleepUs);
   double last_progress = now_s();
   for (;;) {
-    bool has_moved = false;
+    bool has_moved = step_urgent(mine);
     bool is_done = true;
     const Role* blocked = nullptr;
-    for (size_t i = size_t(thread); i < phase.roles.size(); i += size_t(config_.num_threads)) {
-      Role& role = *phase.roles[i];
-      if (role.is_done()) continue;
+    for (Role* role : mine) {
+      if (!role->is_urgent() && !role->is_done() && may_step(role->name()) && role->step()) {
+        has_moved = true;
+        step_urgent(mine);
+      }
+      if (role->is_done()) continue;
       is_done = false;
-      if (may_step(role.name())) has_moved |= role.step();
-      if (blocked == nullptr || blocked->waits_for().peer < 0) blocked = &role;
+      if (blocked == nullptr || blocked->waits_for().peer < 0) blocked = role;
     }
     if (is_done) return true;
     if (board_.raised()) return false;

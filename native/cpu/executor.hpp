@@ -68,6 +68,7 @@ class Executor {
   Outcome run_combine(Op& op, const ExchangeTable& table, uint64_t epoch);
   Outcome run_roles(const char* op_name, std::vector<std::unique_ptr<Role>> roles, uint64_t epoch);
   void run_share(Phase& phase, int thread, uint64_t epoch);
+  bool step_urgent(const std::vector<Role*>& mine);
   bool step_roles(Phase& phase, int thread, uint64_t epoch);
   void count(const Phase& phase);
 

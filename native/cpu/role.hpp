@@ -20,15 +20,21 @@ struct RoleCounters {
   uint64_t bytes_written = 0;
 };
 
+// Urgent roles keep the network busy: they send, or drain what a sender waits for. The others are
+// the node's own work, which fills the gaps.
+enum class Urgency { kFillsGaps, kUrgent };
+
 class Role {
  public:
-  explicit Role(const char* name) : name_(name) {}
+  explicit Role(const char* name, Urgency urgency = Urgency::kFillsGaps)
+      : name_(name), urgency_(urgency) {}
   virtual ~Role() = default;
   // Does a bounded amount of work; true if anything moved.
   virtual bool step() = 0;
   virtual bool is_done() const = 0;
   virtual Wait waits_for() const = 0;
   const char* name() const { return name_; }
+  bool is_urgent() const { return urgency_ == Urgency::kUrgent; }
   const RoleCounters& counters() const { return counters_; }
 
  protected:
@@ -36,6 +42,7 @@ class Role {
 
  private:
   const char* name_;
+  Urgency urgency_;
 };
 
 }  // namespace commlib

@@ -11,7 +11,10 @@ namespace {
 // To flush what is left (a fault record, the last good-bye); a peer that does not answer costs
 // this.
 constexpr double kShutdownS = 1.0;
-constexpr int kBatch = 64;              // commands between two rounds of fence and signals
+constexpr int kBatch = 64;  // commands between two rounds of fence and signals, at most
+// Bytes between two rounds of fence and signals, at most: if a full ring went out under one signal,
+// the receiver would begin, and its credits come back, only when the link has run dry.
+constexpr uint64_t kBatchBytes = 128 << 10;
 constexpr uint64_t kNoChannel = ~0ull;  // token of puts that are not channel commands
 
 uint64_t make_token(uint32_t channel, uint64_t index) { return uint64_t(channel) << 48 | index; }
@@ -123,9 +126,14 @@ int Proxy::drain() {
   int count = 0;
   for (FifoConsumer& consumer : consumers_) {
     Command command;
-    for (int i = 0; i < kBatch && consumer.pop(&command); ++i, ++count) post(decode(command));
+    uint64_t bytes = 0;
+    for (int i = 0; i < kBatch && bytes < kBatchBytes && consumer.pop(&command); ++i, ++count) {
+      const CommandFields fields = decode(command);
+      post(fields);
+      bytes += fields.bytes;
+    }
+    signal_dirty();
   }
-  if (!dirty_.empty()) signal_dirty();
   if (count > 0) num_commands_.fetch_add(uint64_t(count), std::memory_order_relaxed);
   return count;
 }
@@ -149,6 +157,7 @@ void Proxy::post(const CommandFields& command) {
 
 // One fence per peer, then the counters of all its channels that moved.
 void Proxy::signal_dirty() {
+  if (dirty_.empty()) return;
   std::sort(dirty_.begin(), dirty_.end(),
             [](const Channel* a, const Channel* b) { return a->spec.peer < b->spec.peer; });
   int fenced_peer = -1;

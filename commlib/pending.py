@@ -13,6 +13,7 @@ from typing import Any
 
 from commlib.config import RuntimeConfig
 from commlib.errors import ConfigError
+from commlib.executor import CombineCall, DispatchCall
 from commlib.handle import Combined, Dispatched, Handle
 from commlib.layout import Layout, num_scales
 from commlib.payload import DTYPE_BYTES, DTYPE_CODES, Framework, Rows, framework_of, optional_array, require_rows
@@ -133,36 +134,28 @@ def _layout_of(layout: Layout | str) -> Layout:
         raise ConfigError(f'layout={layout!r} is not "grouped" or "rows"') from None
 
 
-def prepare_dispatch(
-    engine: Any,
-    config: RuntimeConfig,
-    runtime_id: int,
-    x: Any,
-    topk_idx: Any,
-    topk_weights: Any,
-    *,
-    scales: Any,
-    handle: Handle | None,
-    layout: Layout | str,
-    expert_alignment: int,
-    fp8: str | None,
-) -> PendingDispatch:
+def prepare_dispatch(engine: Any, config: RuntimeConfig, runtime_id: int, call: DispatchCall) -> PendingDispatch:
     """Checks a dispatch (see `Runtime.dispatch`) and makes it ready to submit; a failed check in its place."""
     empty = Rows(0, "int64", (), None)
+    handle, fp8 = call.handle, call.fp8
+    alignment = config.expert_alignment if call.expert_alignment is None else call.expert_alignment
     try:
+        if call.capacity is not None:
+            raise ConfigError(f"capacity={call.capacity} is for CUDA tensors; the CPU executor knows the sizes")
         if handle is not None:
             _check_handle(handle, runtime_id)
-            if topk_idx is not None or topk_weights is not None:
+            if call.topk_idx is not None or call.topk_weights is not None:
                 raise ConfigError("dispatch by handle takes no topk_idx and no topk_weights")
-        layout = handle.layout if handle is not None else _layout_of(layout)
-        if not isinstance(expert_alignment, int) or not 1 <= expert_alignment < 2**31:
-            raise ConfigError(f"expert_alignment={expert_alignment!r} is not an integer in 1..2^31-1")
-        framework = framework_of(x, "x")
-        rows, scale_rows = _check_rows(x, scales, fp8, config.hidden, None if handle is None else handle.num_tokens)
+        layout = handle.layout if handle is not None else _layout_of(call.layout)
+        if not isinstance(alignment, int) or not 1 <= alignment < 2**31:
+            raise ConfigError(f"expert_alignment={alignment!r} is not an integer in 1..2^31-1")
+        framework = framework_of(call.x, "x")
+        num_tokens = None if handle is None else handle.num_tokens
+        rows, scale_rows = _check_rows(call.x, call.scales, fp8, config.hidden, num_tokens)
         idx, weights = (
             (empty, empty)
             if handle is not None
-            else _check_routing(topk_idx, topk_weights, rows.shape[0], config.num_topk)
+            else _check_routing(call.topk_idx, call.topk_weights, rows.shape[0], config.num_topk)
         )
     except Exception as error:
         refuse = partial(engine.reject, _reason(error))
@@ -177,7 +170,7 @@ def prepare_dispatch(
         DTYPE_CODES[rows.dtype],
         _CASTS[fp8],
         _LAYOUTS[layout],
-        expert_alignment,
+        alignment,
         None if handle is None else handle._native,
     )
     dtype = rows.dtype if fp8 is None else "float8_e4m3fn"
@@ -185,37 +178,29 @@ def prepare_dispatch(
     return PendingDispatch(runtime_id, submit, framework, dtype, config.hidden, config.num_topk, layout, handle, inputs)
 
 
-def prepare_combine(
-    engine: Any,
-    config: RuntimeConfig,
-    runtime_id: int,
-    y: Any,
-    handle: Handle,
-    *,
-    weights: Any,
-    weight_grads: Any,
-) -> PendingCombine:
+def prepare_combine(engine: Any, config: RuntimeConfig, runtime_id: int, call: CombineCall) -> PendingCombine:
     """Checks a combine (see `Runtime.combine`) and makes it ready to submit; a failed check in its place."""
+    handle, has_grads = call.handle, call.weight_grads is not None
     try:
         _check_handle(handle, runtime_id)
-        framework = framework_of(y, "y")
+        framework = framework_of(call.y, "y")
         num_rows, num_topk = handle.num_rows, config.num_topk
         rows = require_rows(
-            y,
+            call.y,
             "y",
             dtypes=("float32", "bfloat16"),
             shape=(num_rows, config.hidden),
             meaning=f"[num_rows={num_rows}, hidden={config.hidden}]",
         )
         row_weights = optional_array(
-            weights, "weights", dtypes=("float32",), shape=(num_rows,), meaning=f"[num_rows={num_rows}]"
+            call.weights, "weights", dtypes=("float32",), shape=(num_rows,), meaning=f"[num_rows={num_rows}]"
         )
         grad_shape = (num_rows,) if handle.layout is Layout.GROUPED else (num_rows, num_topk)
         grads = optional_array(
-            weight_grads, "weight_grads", dtypes=("float32",), shape=grad_shape, meaning=str(list(grad_shape))
+            call.weight_grads, "weight_grads", dtypes=("float32",), shape=grad_shape, meaning=str(list(grad_shape))
         )
         out = framework.empty((handle.num_tokens, config.hidden), rows.dtype)
-        out_grads = None if weight_grads is None else framework.empty((handle.num_tokens, num_topk), "float32")
+        out_grads = framework.empty((handle.num_tokens, num_topk), "float32") if has_grads else None
     except Exception as error:
         return PendingCombine(runtime_id, partial(engine.reject, _reason(error)), None, None, ())
     submit = partial(
@@ -223,7 +208,7 @@ def prepare_combine(
         handle._native,
         rows.address,
         row_weights.address,
-        weight_grads is not None,
+        has_grads,
         grads.address,
         framework.rows(out, "out").address,
         0 if out_grads is None else framework.rows(out_grads, "out_weight_grads").address,

@@ -6,20 +6,20 @@ import itertools
 import json
 import logging
 import weakref
+from collections.abc import Callable
+from functools import partial
 from types import TracebackType
 from typing import Any
 
-from commlib import _native  # before the bootstrap loads an MPI, which may bring an older UCX of its own
 from commlib import bootstrap as _bootstrap
 from commlib.bootstrap.agreement import allgather_or_raise, require_equal
 from commlib.config import RuntimeConfig
 from commlib.env import Env, read_env
 from commlib.errors import ConfigError
-from commlib.faults import error_of
+from commlib.executor import CombineCall, DispatchCall, Executor
 from commlib.handle import Combined, Dispatched, Handle
-from commlib.layout import Layout, default_arena_bytes
+from commlib.layout import Layout
 from commlib.memory import MemoryReport
-from commlib.pending import PendingCombine, PendingDispatch, prepare_combine, prepare_dispatch
 from commlib.topology import Topology, node_key
 
 __all__ = ["Runtime"]
@@ -39,6 +39,8 @@ class Runtime:
         group: the ranks: an mpi4py communicator, a torch ProcessGroup, a 1-D DeviceMesh, a `commlib.bootstrap`
             Bootstrap, or None to find out (mpirun, torchrun, `COMMLIB_RENDEZVOUS`, else one rank alone).
         config: shape and limits; environment variables override timeouts, threads and transport.
+        device: where rows live and who moves them: None or "cpu" (numpy arrays and CPU tensors, moved by threads), or
+            a CUDA device (CUDA tensors, moved by kernels), the same kind on all ranks. Ranks may share a GPU.
         topology: which rank sits on which node; None = found out, or `COMMLIB_RANKS_PER_NODE`.
         connect_timeout_s: seconds within which all ranks must have arrived.
 
@@ -53,29 +55,29 @@ class Runtime:
         group: Any = None,
         config: RuntimeConfig | None = None,
         *,
+        device: Any = None,
         topology: Topology | None = None,
         connect_timeout_s: float = 60.0,
     ) -> None:
         if config is None:
             raise ConfigError("Runtime needs a RuntimeConfig with at least hidden, num_experts and num_topk")
+        make_executor = _executor_of(device)
         env = read_env()
         self.config = config.with_env(env)
+        self._id = next(_ids)
         boot = _bootstrap.connect(group, env=env, timeout_s=connect_timeout_s)
         try:
             self.rank: int = boot.rank
             self.num_ranks: int = boot.size
-            self.topology = _agree_on_topology(boot, self.config, topology, env, connect_timeout_s)
-            self._engine = _connect_engine(boot, self.config, self.topology, connect_timeout_s)
+            self.topology = _agree_on_topology(boot, self.config, topology, env, connect_timeout_s, _kind_of(device))
+            self._executor: Executor = make_executor(boot, self.config, self.topology, self._id, connect_timeout_s)
             self._bootstrap_text = boot.describe()
         finally:
             if boot is not group:
                 boot.close()
-        self._id = next(_ids)
         self._is_closed = False
-        # The native core uses the arrays of an operation until it is over, also if the caller drops what it was given.
-        self._in_flight: list[PendingDispatch | PendingCombine] = []
         # A Runtime that is dropped, or a process that ends, must not leave peers waiting for it.
-        self._finalizer = weakref.finalize(self, _abandon, self._engine)
+        self._finalizer = weakref.finalize(self, _abandon, self._executor)
         _logger.info("rank %d: %s", self.rank, self.describe())
 
     # ---- dispatch
@@ -91,6 +93,7 @@ class Runtime:
         layout: Layout | str = Layout.GROUPED,
         expert_alignment: int | None = None,
         fp8: str | None = None,
+        capacity: int | None = None,
     ) -> Dispatched:
         """Carries every token to the ranks of its experts.
 
@@ -103,6 +106,9 @@ class Runtime:
             layout: "grouped" (expert-major) or "rows" (one row per token and rank).
             expert_alignment: grouped: pad each expert's rows to a multiple; None = that of the config.
             fp8: cast rows to E4M3 on the way: "fp32" (1x128 scales amax / 448) or "pow2" (rounded up to powers of two).
+            capacity: GPU only: rows of the result, equal on all ranks. The host then never waits for sizes, so that
+                the call may be captured in a CUDA graph. Rows and counts that matter are on the device; if a rank needs
+                more rows, nothing moves, all counts are 0, combine gives NaN and `overflowed` says so.
 
         Returns:
             Dispatched, in the order of docs/design.md section 3.
@@ -112,56 +118,34 @@ class Runtime:
             CapacityError: a rank has no room for its rows; on every rank; the Runtime stays usable.
             CommTimeout, PeerLostError, TransportError: the Runtime is of no further use; close it and build another.
         """
-        return self.dispatch_recv(
-            self.dispatch_send(
-                x,
-                topk_idx,
-                topk_weights,
+        self._check_open()
+        return self._executor.dispatch(
+            DispatchCall(
+                x=x,
+                topk_idx=topk_idx,
+                topk_weights=topk_weights,
                 scales=scales,
                 handle=handle,
                 layout=layout,
                 expert_alignment=expert_alignment,
                 fp8=fp8,
+                capacity=capacity,
             )
         )
 
-    def dispatch_send(
-        self,
-        x: Any,
-        topk_idx: Any = None,
-        topk_weights: Any = None,
-        *,
-        scales: Any = None,
-        handle: Handle | None = None,
-        layout: Layout | str = Layout.GROUPED,
-        expert_alignment: int | None = None,
-        fp8: str | None = None,
-    ) -> PendingDispatch:
-        """First half of `dispatch`: starts it and returns at once (once there is room for it, see
+    def dispatch_send(self, x: Any, topk_idx: Any = None, topk_weights: Any = None, **options: Any) -> Any:
+        """First half of `dispatch`, with its arguments: starts it and returns at once (once there is room for it, see
         `max_in_flight`). The arrays must not change until `dispatch_recv`.
+
+        On a GPU it runs on a stream of the Runtime's own, behind what the current stream has been given, so that
+        compute enqueued between the halves runs beside it.
         """
         self._check_open()
-        pending = prepare_dispatch(
-            self._engine,
-            self.config,
-            self._id,
-            x,
-            topk_idx,
-            topk_weights,
-            scales=scales,
-            handle=handle,
-            layout=layout,
-            expert_alignment=self.config.expert_alignment if expert_alignment is None else expert_alignment,
-            fp8=fp8,
-        )
-        self._start(pending)
-        return pending
+        return self._executor.dispatch_send(DispatchCall(x=x, topk_idx=topk_idx, topk_weights=topk_weights, **options))
 
-    def dispatch_recv(self, pending: PendingDispatch) -> Dispatched:
-        """Second half of `dispatch`: waits for it."""
-        self._check_pending(pending, PendingDispatch)
-        self._wait(pending.op)
-        return pending.result()
+    def dispatch_recv(self, pending: Any) -> Dispatched:
+        """Second half of `dispatch`: waits for it (on a GPU the current stream does)."""
+        return self._executor.dispatch_recv(pending)
 
     # ---- combine
 
@@ -176,36 +160,38 @@ class Runtime:
                 belong to, for the gradient of the routing weights. On all ranks or on none.
 
         Returns:
-            Combined, in the dtype of `y`.
+            Combined, in the dtype of `y`. NaN everywhere if the dispatch overflowed its `capacity`.
 
         Raises:
             Like `dispatch`.
         """
-        return self.combine_recv(self.combine_send(y, handle, weights=weights, weight_grads=weight_grads))
-
-    def combine_send(self, y: Any, handle: Handle, *, weights: Any = None, weight_grads: Any = None) -> PendingCombine:
-        """First half of `combine`: starts it and returns at once (once there is room for it, see
-        `max_in_flight`). The arrays must not change until `combine_recv`.
-        """
         self._check_open()
-        pending = prepare_combine(
-            self._engine, self.config, self._id, y, handle, weights=weights, weight_grads=weight_grads
-        )
-        self._start(pending)
-        return pending
+        return self._executor.combine(CombineCall(y=y, handle=handle, weights=weights, weight_grads=weight_grads))
 
-    def combine_recv(self, pending: PendingCombine) -> Combined:
-        """Second half of `combine`: waits for it."""
-        self._check_pending(pending, PendingCombine)
-        self._wait(pending.op)
-        return pending.result()
+    def combine_send(self, y: Any, handle: Handle, *, weights: Any = None, weight_grads: Any = None) -> Any:
+        """First half of `combine`; see `dispatch_send`."""
+        self._check_open()
+        return self._executor.combine_send(CombineCall(y=y, handle=handle, weights=weights, weight_grads=weight_grads))
+
+    def combine_recv(self, pending: Any) -> Combined:
+        """Second half of `combine`: waits for it (on a GPU the current stream does)."""
+        return self._executor.combine_recv(pending)
 
     # ---- the rest
 
     def barrier(self) -> None:
         """Returns when all ranks have called it. An operation like the others."""
         self._check_open()
-        self._wait(self._engine.barrier())
+        self._executor.barrier()
+
+    def check(self) -> None:
+        """Raises what went wrong since the last call, without waiting: calls with `capacity` raise nothing themselves.
+
+        Raises:
+            ConfigError: an operation was refused, see `dispatch`.
+            CommTimeout: a rank did not come in time.
+        """
+        self._executor.check()
 
     def counters(self) -> dict[str, Any]:
         """What this rank has moved since construction.
@@ -214,22 +200,17 @@ class Runtime:
         gradients), ``exchange_bytes``, ``commands``, ``signals``, and ``roles``: per role ``rows``, ``bytes_read`` and
         ``bytes_written``.
         """
-        counters: dict[str, Any] = self._engine.counters()
-        roles = counters["roles"]
-        counters["payload_bytes"] = sum(
-            roles[name]["bytes_written"] for name in ("scale_out_send", "forward_reduce") if name in roles
-        )
-        return counters
+        return self._executor.counters()
 
     def memory(self) -> MemoryReport:
         """Bytes that this rank holds now."""
-        return MemoryReport(**self._engine.memory())
+        return self._executor.memory()
 
     def describe(self) -> str:
         """Several lines for logs: who we are, how ranks met, what carries the bytes."""
         return (
             f"commlib rank {self.rank} of {self.num_ranks} on {self.topology.num_nodes} nodes, "
-            f"{self._bootstrap_text}\nscale-out: {self._engine.describe_transport()}\nmemory: {self.memory()}"
+            f"{self._bootstrap_text}\n{self._executor.describe()}\nmemory: {self.memory()}"
         )
 
     def close(self) -> None:
@@ -244,10 +225,7 @@ class Runtime:
             return
         self._is_closed = True
         self._finalizer.detach()
-        outcome = self._engine.close()
-        self._in_flight.clear()
-        if outcome.kind.name != "DONE":
-            raise error_of(outcome, self.rank)
+        self._executor.close()
 
     def __enter__(self) -> Runtime:
         return self
@@ -265,28 +243,36 @@ class Runtime:
         if self._is_closed:
             raise ConfigError("this Runtime is closed")
 
-    def _check_pending(self, pending: Any, kind: type[PendingDispatch | PendingCombine]) -> None:
-        if not isinstance(pending, kind) or pending.runtime_id != self._id:
-            raise ConfigError(f"{type(pending).__name__} is not a {kind.__name__} of this Runtime")
 
-    def _start(self, pending: PendingDispatch | PendingCombine) -> None:
-        """Submits; kept first, so that an interrupt in between cannot free what the native core uses."""
-        self._in_flight.append(pending)
-        pending.op = pending.submit()
-
-    def _wait(self, op: Any) -> None:
-        outcome = op.wait()
-        self._in_flight = [pending for pending in self._in_flight if not pending.is_finished()]
-        if outcome.kind.name != "DONE":
-            raise error_of(outcome, self.rank)
+def _abandon(executor: Executor) -> None:
+    executor.abandon()
 
 
-def _abandon(engine: Any) -> None:
-    engine.abandon()
+def _kind_of(device: Any) -> str:
+    return "cpu" if device is None else str(device).partition(":")[0]
+
+
+def _executor_of(device: Any) -> Callable[..., Executor]:
+    """What makes the executor for a device. Its module is loaded before the bootstrap loads an MPI, which may bring an
+    older UCX of its own, and only it: GPUs need no native core, CPUs no torch."""
+    if _kind_of(device) == "cpu":
+        from commlib.cpu_executor import CpuExecutor
+
+        return CpuExecutor
+    if _kind_of(device) == "cuda":
+        from commlib.cuda.engine import CudaEngine
+
+        return partial(CudaEngine, device)
+    raise ConfigError(f'device={device!r} is neither None, "cpu" nor a CUDA device')
 
 
 def _agree_on_topology(
-    boot: _bootstrap.Bootstrap, config: RuntimeConfig, topology: Topology | None, env: Env, timeout_s: float
+    boot: _bootstrap.Bootstrap,
+    config: RuntimeConfig,
+    topology: Topology | None,
+    env: Env,
+    timeout_s: float,
+    device_kind: str,
 ) -> Topology:
     """Raises on all ranks alike if a rank's numbers do not fit or ranks were told different things."""
 
@@ -298,7 +284,9 @@ def _agree_on_topology(
             raise ConfigError(f"topology has {given.num_ranks} ranks, the group has {boot.size}")
         config.check_ranks(boot.size)
         nodes = "found out" if given is None else list(given.node_of_rank)
-        return json.dumps({"must agree": {**config.shared(), "topology": nodes}, "node": node_key()}).encode()
+        return json.dumps(
+            {"must agree": {**config.shared(), "device": device_kind, "topology": nodes}, "node": node_key()}
+        ).encode()
 
     told = [json.loads(blob) for blob in allgather_or_raise(boot, tell, timeout_s=timeout_s)]
     require_equal([each["must agree"] for each in told])
@@ -315,53 +303,3 @@ def _agree_on_topology(
                     f"memory: {keys[ranks[0]]} and {keys[rank]}"
                 )
     return given
-
-
-def _connect_engine(boot: _bootstrap.Bootstrap, config: RuntimeConfig, topology: Topology, timeout_s: float) -> Any:
-    native = _native.EngineConfig()
-    native.rank = boot.rank
-    native.node_of_rank = list(topology.node_of_rank)
-    for name in (
-        "hidden",
-        "num_experts",
-        "num_topk",
-        "num_threads",
-        "chunk_tokens",
-        "chunk_bytes",
-        "ring_bytes",
-        "max_arena_bytes",
-        "max_in_flight",
-        "timeout_s",
-        "heartbeat_timeout_s",
-        "transport",
-    ):
-        setattr(native, name, getattr(config, name))
-    native.arena_bytes = (
-        config.arena_bytes if config.arena_bytes is not None else default_arena_bytes(config, topology, boot.rank)
-    )
-    native.config_digest = config.digest() ^ hash(topology.node_of_rank) & (2**63 - 1)
-    return _build_engine(boot, native, timeout_s)
-
-
-def _build_engine(boot: _bootstrap.Bootstrap, native: Any, timeout_s: float) -> Any:
-    engine: Any = None
-
-    def build() -> bytes:
-        nonlocal engine
-        engine = _native.Engine(native)
-        address: bytes = engine.address()
-        return address
-
-    def connect() -> bytes:
-        engine.connect(addresses)
-        return b""
-
-    try:
-        addresses = allgather_or_raise(boot, build, timeout_s=timeout_s)
-        # Nobody may go on (or away) before the slowest has mapped everybody's memory.
-        allgather_or_raise(boot, connect, timeout_s=timeout_s)
-    except BaseException:
-        if engine is not None:
-            engine.abandon()
-        raise
-    return engine

@@ -21,7 +21,7 @@ L0 = {"errors", "env", "config"}
 L1 = {"topology", "routing", "layout", "quant", "payload"}
 L2 = {"bootstrap", "memory"}
 NATIVE_MODULE = {"_native"}
-L5 = {"handle", "runtime", "pending", "faults"}
+L5 = {"handle", "executor", "cpu_executor", "runtime", "pending", "faults"}
 L6 = {"ops"}
 
 # Module of commlib -> modules of commlib that it may import. Modules of one layer may import one another.
@@ -30,10 +30,12 @@ PYTHON_TABLE: dict[str, set[str]] = {
     **dict.fromkeys(L1, L0 | L1),
     **dict.fromkeys(L2, L0 | L1 | L2 | NATIVE_MODULE),
     **dict.fromkeys(L5, L0 | L1 | L2 | NATIVE_MODULE | L5),
+    # Loads the executor of its device.
+    "runtime": L0 | L1 | L2 | L5 | {"cuda"},
     **dict.fromkeys(L6, L0 | L1 | L5 | L6),
     **{name: L0 | L1 | L2 | NATIVE_MODULE | L5 | L6 | {name, "reference", "testing"} for name in ("cli", "compat")},
     # The GPU executor: the same level as the native CPU executor.
-    "cuda": L0 | L1 | L2 | {"handle", "cuda"},
+    "cuda": L0 | L1 | L2 | {"handle", "executor", "cuda"},
     "reference": L0,
     "testing": L0 | L1 | {"testing"},
     # The front door: public names, resolved lazily where they are heavy.

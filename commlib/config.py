@@ -22,7 +22,7 @@ _MAX_INDEX = 2**31 - 1
 _MAX_RECORD_BYTES = 1024
 
 # Fields that only concern the rank itself; everything else must be equal on all ranks.
-_LOCAL_FIELDS = frozenset({"num_threads", "arena_bytes", "timeout_s"})
+_LOCAL_FIELDS = frozenset({"num_threads", "num_sms", "num_local_sms", "arena_bytes", "timeout_s"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +33,11 @@ class RuntimeConfig:
         hidden: columns of a token row.
         num_experts: experts over all ranks; a multiple of the number of ranks.
         num_topk: experts per token, at most `min(num_experts, 64)`.
-        max_tokens: tokens per rank and dispatch that the first size of the arena is meant for; not a limit.
+        max_tokens: tokens per rank and dispatch that the first size of the arena is meant for; a limit on GPUs only.
         expert_alignment: every local expert's rows are padded to a multiple of this (layout "grouped").
         num_threads: worker threads of the CPU executor on this rank.
+        num_sms: multiprocessors that a kernel of the GPU executor takes.
+        num_local_sms: multiprocessors for work that stays on the GPU (expand, reduce), if more than `num_sms`.
         chunk_tokens: tokens moved per signal over scale-up.
         chunk_bytes: bytes moved per put over scale-out (one row, if a row is larger).
         ring_bytes: bytes of one scale-out ring, which is also the most that is in flight to one peer. On links that
@@ -57,6 +59,8 @@ class RuntimeConfig:
     max_tokens: int = 4096
     expert_alignment: int = 128
     num_threads: int = 1
+    num_sms: int = 24
+    num_local_sms: int | None = None
     chunk_tokens: int = 32
     chunk_bytes: int = 64 * 1024
     ring_bytes: int = 512 * 1024
@@ -88,6 +92,8 @@ class RuntimeConfig:
                 f"ring_bytes={self.ring_bytes} is below {2 * slot_bytes}: "
                 f"a ring must hold two FP32 rows of hidden={self.hidden} with their records"
             )
+        if self.num_local_sms is not None and self.num_local_sms < self.num_sms:
+            raise ConfigError(f"num_local_sms={self.num_local_sms} is below num_sms={self.num_sms}")
         if self.arena_bytes is not None and self.arena_bytes > self.max_arena_bytes:
             raise ConfigError(f"arena_bytes={self.arena_bytes} is above max_arena_bytes={self.max_arena_bytes}")
 
@@ -101,7 +107,7 @@ class RuntimeConfig:
                 is_number = isinstance(value, int | float) and not isinstance(value, bool)
                 if not (is_number and math.isfinite(value) and value > 0):
                     raise ConfigError(f"{field.name}={value!r} is not a finite number of seconds > 0")
-            elif field.name == "arena_bytes" and value is None:
+            elif field.name in ("arena_bytes", "num_local_sms") and value is None:
                 continue
             elif not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{field.name}={value!r} is not an integer >= 1")

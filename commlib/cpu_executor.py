@@ -81,6 +81,12 @@ class CpuExecutor:
     def check(self) -> None:
         """Nothing is left for later here: every call raises its own errors."""
 
+    def record_stream(self, tensor: Any, stream: Any) -> None:
+        """CPU work is done when a call returns."""
+
+    def overflowed(self) -> bool:
+        return False
+
     def counters(self) -> dict[str, Any]:
         counters: dict[str, Any] = self._engine.counters()
         roles = counters["roles"]

@@ -68,6 +68,12 @@ class Executor(Protocol):
     def check(self) -> None:
         """Raises what has gone wrong since the last call and was not raised yet."""
 
+    def record_stream(self, tensor: Any, stream: Any) -> None:
+        """See `Runtime.record_stream`."""
+
+    def overflowed(self) -> Any:
+        """See `Runtime.overflowed`."""
+
     def counters(self) -> dict[str, Any]:
         """What this rank has moved since construction; see `Runtime.counters`."""
 

@@ -19,7 +19,8 @@ class Handle:
         layout: order of the rows.
         num_tokens: tokens this rank dispatched (rows of combine's result).
         num_rows: rows this rank received, padding included.
-        num_tokens_per_expert: unpadded rows of each local expert (grouped), or tokens that chose it (rows).
+        num_tokens_per_expert: unpadded rows of each local expert (grouped), or tokens that chose it (rows): a tuple,
+            or, of a dispatch with a `capacity`, an int32 tensor on the device.
     """
 
     def __init__(self, native: Any, layout: Layout, runtime_id: int) -> None:
@@ -28,7 +29,8 @@ class Handle:
         self.layout = layout
         self.num_tokens: int = native.num_tokens
         self.num_rows: int = native.num_rows
-        self.num_tokens_per_expert: tuple[int, ...] = tuple(native.rows_per_expert)
+        counts = native.rows_per_expert
+        self.num_tokens_per_expert: Any = tuple(counts) if isinstance(counts, list) else counts
 
     @property
     def epoch(self) -> int:
@@ -67,7 +69,7 @@ class Dispatched(NamedTuple):
     row_weights: Any
     topk_idx: Any
     topk_weights: Any
-    num_tokens_per_expert: tuple[int, ...]
+    num_tokens_per_expert: Any
     handle: Handle
 
 

@@ -38,12 +38,13 @@ def dispatch(
     layout: Layout | str = Layout.GROUPED,
     expert_alignment: int | None = None,
     fp8: str | None = None,
+    capacity: int | None = None,
 ) -> Dispatched:
     """`Runtime.dispatch` with gradients for `x` and `topk_weights`.
 
     Args:
         x: [num_tokens, hidden] FP32 or BF16.
-        topk_idx, topk_weights, layout, expert_alignment: see `Runtime.dispatch`.
+        topk_idx, topk_weights, layout, expert_alignment, capacity: see `Runtime.dispatch`.
         fp8: rows travel as E4M3 with 1x128 scales and are dequantised on arrival; the gradient passes straight through.
 
     Returns:
@@ -56,7 +57,7 @@ def dispatch(
     holder: list[Dispatched] = []
     anchor = torch.zeros((), requires_grad=torch.is_grad_enabled())
     rows, weights, link = _Dispatch.apply(  # type: ignore[no-untyped-call]
-        anchor, x, topk_weights, topk_idx, (runtime, layout, expert_alignment, fp8), holder
+        anchor, x, topk_weights, topk_idx, (runtime, layout, expert_alignment, fp8, capacity), holder
     )
     plain = holder[0]
     is_grouped = plain.handle.layout is Layout.GROUPED
@@ -113,11 +114,19 @@ class _Dispatch(torch.autograd.Function):
         x: torch.Tensor,
         topk_weights: torch.Tensor | None,
         topk_idx: torch.Tensor,
-        call: tuple[Runtime, Layout | str, int | None, str | None],
+        call: tuple[Runtime, Layout | str, int | None, str | None, int | None],
         holder: list[Dispatched],
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        runtime, layout, expert_alignment, fp8 = call
-        result = runtime.dispatch(x, topk_idx, topk_weights, layout=layout, expert_alignment=expert_alignment, fp8=fp8)
+        runtime, layout, expert_alignment, fp8, capacity = call
+        result = runtime.dispatch(
+            x,
+            topk_idx,
+            topk_weights,
+            layout=layout,
+            expert_alignment=expert_alignment,
+            fp8=fp8,
+            capacity=capacity,
+        )
         holder.append(result)
         ctx.runtime, ctx.handle, ctx.has_weights = runtime, result.handle, topk_weights is not None
         is_grouped = result.handle.layout is Layout.GROUPED

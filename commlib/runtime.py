@@ -193,6 +193,18 @@ class Runtime:
         """
         self._executor.check()
 
+    def record_stream(self, tensor: Any, stream: Any) -> None:
+        """A result (any tensor of it) is used on `stream`, a CUDA stream other than that of later calls: its memory is
+        given to a later operation only when what the stream has been given until the result is dropped is done.
+        """
+        self._executor.record_stream(tensor, stream)
+
+    def overflowed(self) -> Any:
+        """int32 [1] on the device, not 0 once some dispatch has needed more than its `capacity` on any rank; set it to
+        0 to start anew. On CPUs False.
+        """
+        return self._executor.overflowed()
+
     def counters(self) -> dict[str, Any]:
         """What this rank has moved since construction.
 

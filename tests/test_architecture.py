@@ -33,7 +33,10 @@ PYTHON_TABLE: dict[str, set[str]] = {
     # Loads the executor of its device.
     "runtime": L0 | L1 | L2 | L5 | {"cuda"},
     **dict.fromkeys(L6, L0 | L1 | L5 | L6),
-    **{name: L0 | L1 | L2 | NATIVE_MODULE | L5 | L6 | {name, "reference", "testing"} for name in ("cli", "compat")},
+    **{
+        name: L0 | L1 | L2 | NATIVE_MODULE | L5 | L6 | {name, "cuda", "reference", "testing"}
+        for name in ("cli", "compat")
+    },
     # The GPU executor: the same level as the native CPU executor.
     "cuda": L0 | L1 | L2 | {"handle", "executor", "cuda"},
     "reference": L0,

@@ -9,7 +9,6 @@ import platform
 import resource
 from typing import Any
 
-from commlib import _native
 from commlib.env import read_env
 from commlib.layout import format_bytes
 from commlib.topology import node_key
@@ -32,6 +31,8 @@ def _limit(value: int) -> str:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from commlib import _native  # here: hosts that only use GPUs may have none
+
     shm = os.statvfs("/dev/shm")
     memlock = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     print(f"commlib {_version('commlib')}, Python {platform.python_version()}, {platform.machine()}")

@@ -8,7 +8,8 @@ from typing import Any
 
 from commlib.config import RuntimeConfig
 from commlib.cuda.params import CallWords, HostResult
-from commlib.errors import CapacityError, CommError, CommTimeout, ConfigError
+from commlib.errors import CapacityError, CommError, CommTimeout, ConfigError, PeerLostError
+from commlib.handle import Handle
 from commlib.layout import format_bytes, num_scales
 
 __all__ = [
@@ -17,14 +18,17 @@ __all__ = [
     "ELEMENT_BYTES",
     "KINDS",
     "LAYOUTS",
+    "check_capacity",
+    "check_handle",
     "check_routing",
     "check_rows",
     "check_tensor",
     "fault_error",
+    "peer_lost_error",
     "refusal",
 ]
 
-KINDS = {"dispatch": 1, "cached_dispatch": 2, "combine": 3, "barrier": 4}
+KINDS = {"dispatch": 1, "cached_dispatch": 2, "combine": 3, "barrier": 4, "grow": 5}
 CASTS = {None: 0, "fp32": 1, "pow2": 2}
 LAYOUTS = {"grouped": 0, "rows": 1}
 DTYPES = ("float32", "bfloat16", "float8_e4m3fn")  # by code, see native/common/types.hpp
@@ -32,6 +36,7 @@ DTYPES = ("float32", "bfloat16", "float8_e4m3fn")  # by code, see native/common/
 ELEMENT_BYTES = (4, 2, 1)
 
 _REJECTED = 4
+_PEER_LOST = 2  # FaultNote::kind
 _PHASES = {1: "exchange", 2: "dispatch/expand", 3: "combine/final_reduce"}
 
 
@@ -57,6 +62,28 @@ def check_tensor(
         raise ConfigError(f"{name} has shape {list(tensor.shape)}, not {meaning}")
     tensor = tensor.detach().contiguous()
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
+def check_handle(handle: Any, runtime_id: int) -> Any:
+    """What the executor knows of a handle.
+
+    Raises:
+        ConfigError: it is none of this Runtime.
+    """
+    if not isinstance(handle, Handle):
+        raise ConfigError(f"handle is a {type(handle).__name__}, not a Handle")
+    if handle._runtime_id != runtime_id:
+        raise ConfigError("the handle belongs to another Runtime")
+    return handle._native
+
+
+def check_capacity(capacity: Any) -> int:
+    """Rows of the output; 0 = as many as come."""
+    if capacity is None:
+        return 0
+    if not isinstance(capacity, int) or not 1 <= capacity < 2**31:
+        raise ConfigError(f"capacity={capacity!r} is not an integer in 1..2^31-1")
+    return capacity
 
 
 def check_routing(topk_idx: Any, topk_weights: Any, device: Any, shape: tuple[int, int]) -> tuple[Any, Any]:
@@ -99,10 +126,11 @@ def check_rows(
 def _describe(call: CallWords) -> str:
     kind = next((name for name, code in KINDS.items() if code == call.kind), f"operation {call.kind}")
     words = [kind]
-    if call.kind != KINDS["barrier"]:
+    if call.kind <= KINDS["combine"]:
         words.append(f"dtype={DTYPES[call.dtype] if call.dtype < len(DTYPES) else call.dtype}")
     if call.kind in (KINDS["dispatch"], KINDS["cached_dispatch"]):
         words.append(f"cast={('none', 'e4m3', 'e4m3_pow2')[call.cast]}")
+        words.append(f"capacity={call.capacity or 'none'}")
     if call.kind == KINDS["dispatch"]:
         layout = next(name for name, code in LAYOUTS.items() if code == call.layout)
         words += [f"layout={layout}", f"expert_alignment={call.alignment}"]
@@ -160,8 +188,21 @@ def refusal(result: HostResult, num_ranks: int, num_topk: int, num_experts: int)
     )
 
 
-def fault_error(note: Any, rank: int, timeout_s: float) -> CommTimeout:
-    """The error for a fault that this rank's or a peer's kernel noted."""
+def peer_lost_error(rank: int, peer: int) -> PeerLostError:
+    """The error for a rank whose process has ended."""
+    return PeerLostError(
+        f"rank {peer} is lost: its process has ended; rank {rank} noticed it",
+        rank=rank,
+        peer=peer,
+        channel=f"{peer} -> {rank}",
+        phase="process",
+    )
+
+
+def fault_error(note: Any, rank: int, timeout_s: float) -> CommError:
+    """The error for a fault that this rank or a peer's kernel noted."""
+    if note.kind == _PEER_LOST:
+        return peer_lost_error(note.rank, note.peer)
     phase = _PHASES.get(note.phase, f"phase {note.phase}")
     return CommTimeout(
         f"rank {note.rank} waited for rank {note.peer} in {phase} on channel {note.peer} -> {note.rank}, epoch "

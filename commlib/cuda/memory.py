@@ -1,26 +1,28 @@
 """Device memory that all ranks of a node can write, and what lies where in it.
 
-Each rank allocates one arena; peers map it through CUDA IPC. Ranks may share a GPU. The arena starts with the control
-region (flags and exchange rows, see `Regions`) and goes on with the heap, from which landings are granted.
+Each rank allocates a control region (flags and exchange rows, see `Regions`) and a heap, from which landings are
+granted; peers map both through CUDA IPC. Ranks may share a GPU. A heap that is too small is replaced by a larger one.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 import weakref
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from commlib.bootstrap import Bootstrap
 from commlib.bootstrap.agreement import allgather_or_raise
 from commlib.config import RuntimeConfig
+from commlib.cuda.host_page import HostPage
 from commlib.cuda.params import ExchangeHeader, FaultNote, sizeof
 from commlib.errors import CapacityError, TransportError
 from commlib.layout import align_up, format_bytes, record_bytes
 
-__all__ = ["ALIGNMENT", "Arena", "Heap", "Regions", "Slab", "default_heap_bytes"]
+__all__ = ["ALIGNMENT", "Arena", "Heap", "Regions", "Segment", "Slab", "default_heap_bytes"]
 
 _logger = logging.getLogger("commlib.cuda")
 
@@ -73,15 +75,23 @@ class Slab:
     """A piece of the heap; goes back when nobody refers to it any more.
 
     The memory may be granted again by the next operation, which is ordered after everything that the stream current at
-    that call has been given before. Whoever reads a result on another stream makes the current stream wait for that.
+    that call has been given before, and after what the streams of `record_stream` have when the slab goes back.
     """
 
     def __init__(self, heap: Heap, offset: int, num_bytes: int) -> None:
         self.offset = offset
         self.num_bytes = num_bytes
         self._heap = heap
-        self._finalizer = weakref.finalize(self, heap._give_back, offset, num_bytes)
-        self._finalizer.atexit = False
+        self._streams: list[Any] = []
+        self._watch()
+
+    @property
+    def address(self) -> int:
+        return self._heap.address + self.offset
+
+    def record_stream(self, stream: Any) -> None:
+        """Work on a torch stream uses the slab."""
+        self._streams.append(stream)
 
     def split_front(self, num_bytes: int) -> Slab:
         """Cuts off the first `num_bytes` (rounded up) as a slab of their own; this one keeps the rest."""
@@ -91,47 +101,97 @@ class Slab:
         self._finalizer.detach()
         self.offset += num_bytes
         self.num_bytes -= num_bytes
-        self._finalizer = weakref.finalize(self, self._heap._give_back, self.offset, self.num_bytes)
-        self._finalizer.atexit = False
+        self._watch()
         return front
+
+    def _watch(self) -> None:
+        self._finalizer = weakref.finalize(self, self._heap._give_back, self.offset, self.num_bytes, self._streams)
+        self._finalizer.atexit = False
 
 
 class Heap:
-    """Which bytes of the own arena are free: first fit, host bookkeeping only."""
+    """Which bytes of an own segment are free: first fit, host bookkeeping only.
 
-    def __init__(self, offset: int, num_bytes: int) -> None:
+    Slabs may go back at any moment, on any thread (a garbage collection, autograd's thread), so what goes back waits in
+    a queue until the next slab is taken.
+    """
+
+    def __init__(self, address: int, num_bytes: int) -> None:
+        self.address = address
         self.num_bytes = num_bytes
-        self._free: list[tuple[int, int]] = [(offset, num_bytes)] if num_bytes else []
-        self.when_empty: Callable[[], Any] | None = None
+        self._free: list[tuple[int, int]] = [(0, num_bytes)] if num_bytes else []
+        self._returned: deque[tuple[int, int]] = deque()
+        self._lock = threading.Lock()
+        self._when_unused: Callable[[], Any] | None = None
+        self.release_events: deque[Any] = deque()  # the next operation waits for these
 
     @property
     def used_bytes(self) -> int:
-        return self.num_bytes - sum(size for _, size in self._free)
+        with self._lock:
+            self._merge()
+            return self.num_bytes - sum(size for _, size in self._free)
+
+    @property
+    def largest_bytes(self) -> int:
+        """Of the largest free block."""
+        with self._lock:
+            self._merge()
+            return max((size for _, size in self._free), default=0)
+
+    def when_unused(self, call: Callable[[], Any]) -> None:
+        """Calls `call` once no slab of this heap is in use, perhaps at once. None may be taken from now on."""
+        self._when_unused = call
+        self._check_unused()
 
     def take(self, num_bytes: int) -> Slab:
         """The first block with room, or the largest there is if none has."""
         num_bytes = align_up(num_bytes, ALIGNMENT)
-        for place, (offset, size) in enumerate(self._free):
-            if size >= num_bytes:
-                if size == num_bytes:
-                    del self._free[place]
-                else:
-                    self._free[place] = (offset + num_bytes, size - num_bytes)
-                return Slab(self, offset, num_bytes)
+        with self._lock:
+            self._merge()
+            for place, (offset, size) in enumerate(self._free):
+                if size >= num_bytes:
+                    self._free[place : place + 1] = [(offset + num_bytes, size - num_bytes)] if size > num_bytes else []
+                    return Slab(self, offset, num_bytes)
         return self.take_largest()
 
     def take_largest(self) -> Slab:
         """The largest free block, of 0 bytes if there is none."""
-        if not self._free:
-            return Slab(self, 0, 0)
-        place = max(range(len(self._free)), key=lambda i: self._free[i][1])
-        offset, size = self._free.pop(place)
-        return Slab(self, offset, size)
+        with self._lock:
+            self._merge()
+            if not self._free:
+                return Slab(self, 0, 0)
+            place = max(range(len(self._free)), key=lambda i: self._free[i][1])
+            offset, size = self._free.pop(place)
+            return Slab(self, offset, size)
 
-    def _give_back(self, offset: int, num_bytes: int) -> None:
+    def _give_back(self, offset: int, num_bytes: int, streams: list[Any]) -> None:
         if num_bytes == 0:
             return
-        blocks = sorted([*self._free, (offset, num_bytes)])
+        for stream in streams:
+            self.release_events.append(stream.record_event())
+        self._returned.append((offset, num_bytes))
+        self._check_unused()
+
+    def _check_unused(self) -> None:
+        if self._when_unused is None or not self._lock.acquire(blocking=False):
+            return
+        try:
+            self._merge()
+            is_unused = self._free == [(0, self.num_bytes)] or self.num_bytes == 0
+        finally:
+            self._lock.release()
+        if is_unused:
+            call, self._when_unused = self._when_unused, None
+            call()
+
+    def _merge(self) -> None:
+        """Takes in what has come back. The lock is held."""
+        if not self._returned:
+            return
+        blocks = list(self._free)
+        while self._returned:
+            blocks.append(self._returned.popleft())
+        blocks.sort()
         merged = [blocks[0]]
         for start, size in blocks[1:]:
             last, length = merged[-1]
@@ -141,18 +201,79 @@ class Heap:
             else:
                 merged.append((start, size))
         self._free = merged
-        if self.when_empty is not None and self.used_bytes == 0:
-            self.when_empty()
+
+
+class Segment:
+    """Device memory of one rank that the others map through CUDA IPC. The current CUDA device is the rank's."""
+
+    def __init__(self, num_bytes: int) -> None:
+        """Allocates.
+
+        Raises:
+            CapacityError: the device has less memory.
+        """
+        self._runtime = _cuda_runtime()
+        self.num_bytes = num_bytes
+        try:
+            self.address: int = self._runtime.malloc(num_bytes)
+        except self._runtime.CUDARuntimeError as error:
+            free, _ = self._runtime.memGetInfo()
+            raise CapacityError(
+                f"{format_bytes(num_bytes)} do not fit into the {format_bytes(free)} free on the device ({error})",
+                needed=num_bytes,
+                available=free,
+            ) from error
+
+    def clear(self) -> None:
+        """Zeros, before anybody else knows of it."""
+        self._runtime.memset(self.address, 0, self.num_bytes)
+        self._runtime.deviceSynchronize()
+
+    def handle(self) -> bytes:
+        """What `map_peer` takes in another process."""
+        return bytes(self._runtime.ipcGetMemHandle(self.address))
+
+    def free(self) -> None:
+        if self.address:
+            self._runtime.free(self.address)
+            self.address = 0
+
+
+def map_peer(rank: int, handle: bytes) -> int:
+    """Address of a peer's segment in this process.
+
+    Raises:
+        TransportError: the driver refuses.
+    """
+    runtime = _cuda_runtime()
+    try:
+        return int(runtime.ipcOpenMemHandle(handle, _LAZY_PEER_ACCESS))
+    except runtime.CUDARuntimeError as error:
+        raise TransportError(
+            f"the memory of rank {rank} cannot be mapped: {error}", call="cudaIpcOpenMemHandle", code=error.status
+        ) from error
+
+
+def unmap_peer(address: int) -> None:
+    if address:
+        _cuda_runtime().ipcCloseMemHandle(address)
+
+
+def _cuda_runtime() -> Any:
+    import cupy
+
+    return cupy.cuda.runtime
 
 
 class Arena:
-    """One rank's arena and the mappings of all others'.
+    """One rank's segments, control region and heap, and the mappings of all others'.
 
     Construction is collective; the current CUDA device is the rank's.
 
     Args:
         boot: the ranks; all of them are on this node.
-        regions: what lies at the start.
+        page: of the same ranks.
+        regions: what lies in the control region.
         heap_bytes: room for landings.
         timeout_s: seconds within which all ranks must come.
 
@@ -161,66 +282,69 @@ class Arena:
         TransportError: a peer's memory cannot be mapped; on all ranks.
     """
 
-    def __init__(self, boot: Bootstrap, regions: Regions, heap_bytes: int, timeout_s: float) -> None:
-        import cupy
-
-        self._runtime: Any = cupy.cuda.runtime
-        self.rank = boot.rank
+    def __init__(self, boot: Bootstrap, page: HostPage, regions: Regions, heap_bytes: int, timeout_s: float) -> None:
+        self.rank, self.page, self._timeout_s = boot.rank, page, timeout_s
         self.regions = regions
-        self.num_bytes = regions.total_bytes + align_up(heap_bytes, ALIGNMENT)
-        self.heap = Heap(regions.total_bytes, align_up(heap_bytes, ALIGNMENT))
-        self.base = [0] * boot.size
-        self._is_closed = False
-        handles = allgather_or_raise(boot, lambda: self._allocate(boot.size), timeout_s=timeout_s)
-        allgather_or_raise(boot, lambda: self._map(handles), timeout_s=timeout_s)
+        self._num_retired = 0
+        self.base = [0] * boot.size  # of control regions
+        self.heap_base = [0] * boot.size
+        is_shared = boot.size > 1
 
-    def _allocate(self, num_ranks: int) -> bytes:
-        try:
-            self.base[self.rank] = self._runtime.malloc(self.num_bytes)
-        except self._runtime.CUDARuntimeError as error:
-            free, _ = self._runtime.memGetInfo()
-            raise CapacityError(
-                f"an arena of {format_bytes(self.num_bytes)} does not fit into the {format_bytes(free)} that the "
-                f"device has free ({error}); a smaller arena_bytes does",
-                needed=self.num_bytes,
-                available=free,
-            ) from error
-        self._runtime.memset(self.base[self.rank], 0, self.regions.total_bytes)
-        self._runtime.deviceSynchronize()  # before anybody can write flags there
-        return bytes(self._runtime.ipcGetMemHandle(self.base[self.rank])) if num_ranks > 1 else b""
+        def allocate() -> bytes:
+            self._control, self._segment = Segment(regions.total_bytes), Segment(align_up(heap_bytes, ALIGNMENT))
+            self._control.clear()
+            return self._control.handle() + self._segment.handle() if is_shared else b""
 
-    def _map(self, handles: list[bytes]) -> bytes:
+        handles = allgather_or_raise(boot, allocate, timeout_s=timeout_s)
+        half = len(handles[0]) // 2
+
+        def connect() -> bytes:
+            for rank, handle in enumerate(handles):
+                if rank != self.rank:
+                    self.base[rank], self.heap_base[rank] = map_peer(rank, handle[:half]), map_peer(rank, handle[half:])
+            return b""
+
+        allgather_or_raise(boot, connect, timeout_s=timeout_s)
+        self.base[self.rank], self.heap_base[self.rank] = self._control.address, self._segment.address
+        self.heap = Heap(self._segment.address, self._segment.num_bytes)
+
+    def replace_heaps(self, own: Segment | None, handles: list[bytes]) -> None:
+        """After a rank has grown: all ranks come, and no operation of any rank is under way.
+
+        Args:
+            own: this rank's new heap, if it has one; results in the old one stay valid.
+            handles: per rank, of its new heap; empty if it keeps the old one.
+        """
         for rank, handle in enumerate(handles):
-            if rank == self.rank:
-                continue
-            try:
-                self.base[rank] = self._runtime.ipcOpenMemHandle(handle, _LAZY_PEER_ACCESS)
-            except self._runtime.CUDARuntimeError as error:
-                raise TransportError(
-                    f"the memory of rank {rank} cannot be mapped: {error}",
-                    call="cudaIpcOpenMemHandle",
-                    code=error.status,
-                ) from error
-        return b""
+            if handle and rank != self.rank:
+                unmap_peer(self.heap_base[rank])
+                self.heap_base[rank] = map_peer(rank, handle)
+        self._num_retired += 1
+        self.page.retire(self._num_retired)
+        self.page.wait_retired(self._num_retired, self._timeout_s)
+        if own is not None:
+            self.heap.when_unused(self._segment.free)
+            self._segment = own
+            self.heap_base[self.rank] = own.address
+            self.heap = Heap(own.address, own.num_bytes)
 
-    def address(self, offset: int) -> int:
-        """Of a byte of the own arena."""
-        return self.base[self.rank] + offset
+    @property
+    def num_bytes(self) -> int:
+        """Of the control region and the heap in use."""
+        return self._control.num_bytes + self._segment.num_bytes
 
-    def close(self, boot: Bootstrap | None, timeout_s: float) -> None:
-        """Unmaps and frees. `boot` = all ranks come and nobody writes any more; None = a peer may still write, so
+    def close(self, *, is_quiet: bool) -> None:
+        """Unmaps and frees. `is_quiet`: all ranks come and nobody writes any more; otherwise a peer may still write, so
         the own memory stays allocated."""
-        if self._is_closed:
-            return
-        self._is_closed = True
-        for rank, base in enumerate(self.base):
-            if rank != self.rank and base:
-                self._runtime.ipcCloseMemHandle(base)
-        if boot is None:
+        for rank in range(len(self.base)):
+            if rank != self.rank:
+                unmap_peer(self.base[rank])
+                unmap_peer(self.heap_base[rank])
+        if not is_quiet:
             _logger.warning("rank %d keeps %s allocated: a peer may still write there", self.rank, self.num_bytes)
             return
-        boot.barrier(timeout_s)
-        if self.heap.used_bytes == 0:
-            self._runtime.free(self.base[self.rank])
-        else:  # results that were handed out stay valid: the last of them frees the arena
-            self.heap.when_empty = partial(self._runtime.free, self.base[self.rank])
+        self._num_retired += 1
+        self.page.retire(self._num_retired)
+        self.page.wait_retired(self._num_retired, self._timeout_s)
+        self._control.free()
+        self.heap.when_unused(self._segment.free)  # results that were handed out stay valid

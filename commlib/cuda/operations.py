@@ -1,42 +1,81 @@
-"""What operations leave behind: handles, results under way, and arena bytes as tensors."""
+"""What operations leave behind: handles, operations under way, and arena bytes as tensors."""
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 from typing import Any
 
 from commlib.cuda.memory import Slab
-from commlib.cuda.params import HostResult, Tables
+from commlib.cuda.params import ExchangeCall, HostResult, Tables
 from commlib.handle import Handle
 
-__all__ = ["ArenaBytes", "CudaHandle", "PendingOp"]
+__all__ = ["ArenaBytes", "CudaHandle", "KernelCall", "PendingOp"]
 
 
 @dataclass
 class CudaHandle:
-    """What a dispatch leaves behind on the device and the host; `Handle` shows it to the caller."""
+    """What a dispatch leaves behind on the device and the host; `Handle` shows it to the caller.
 
-    epoch: int
+    With a `capacity` the host never learns the sizes: `num_rows` is the capacity, `rows_per_expert` a tensor.
+    """
+
     layout: str
     alignment: int
     num_tokens: int
+    capacity: int
     tables: Tables
     memory: tuple[Any, ...]  # what `tables` and `routes` point into
     routes: Any
+    epoch: int = 0
     num_rows: int = 0
     records: Slab | None = None
-    rows_per_expert: tuple[int, ...] = ()
+    rows_per_expert: Any = ()
     rank_counts: tuple[tuple[int, ...], ...] = ()
     load: tuple[int, ...] = ()
+
+    @property
+    def records_address(self) -> int:
+        return 0 if self.records is None else self.records.address
+
+    @property
+    def tokens_per_rank(self) -> tuple[tuple[int, ...], ...]:
+        """[source][rank] distinct tokens."""
+        return self.rank_counts
+
+
+@dataclass
+class KernelCall:
+    """One launch of a data kernel."""
+
+    name: str
+    blocks: int
+    threads: int
+    shared_bytes: int
+    call: ctypes.Structure
 
 
 @dataclass
 class PendingOp:
-    """An operation under way. Holds the caller's tensors until the current stream waits for it."""
+    """An operation under way. Holds the caller's tensors until the current stream waits for it.
+
+    Attributes:
+        exchange: its first kernel.
+        data: its second kernel, if it has one.
+        grant_bytes: room in the own heap that it needs; None = all there is, the size becomes known on the way.
+        is_lazy: nobody waits for its verdict; a refusal is raised by a later call.
+    """
 
     kind: str
-    epoch: int
-    done: Any
+    runtime_id: int
+    exchange: ExchangeCall
+    data: KernelCall | None = None
+    grant_bytes: int | None = 0
+    is_lazy: bool = False
+    is_split: bool = False
+    stream: Any = None
+    done: Any = None
+    ticket: int = 0
     inputs: tuple[Any, ...] = ()
     grant: Slab | None = None
     handle: CudaHandle | None = None
@@ -44,8 +83,9 @@ class PendingOp:
     dtype: str = ""
     out: Any = None
     out_weight_grads: Any = None
-    settled: HostResult | None = None
+    settled: bool = False
     error: Exception | None = None
+    result: HostResult | None = None
 
 
 class ArenaBytes:

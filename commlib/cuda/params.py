@@ -24,6 +24,7 @@ __all__ = [
     "Mesh",
     "PushLimitCall",
     "Tables",
+    "Workspace",
     "layout_checks",
     "sizeof",
 ]
@@ -33,7 +34,7 @@ MAX_TOPK = 32
 TEXT_BYTES = 160
 _POINTER = c_uint64  # a device address
 
-# Workspace of native/cuda/params.cuh; its inside is the kernels' own business.
+# Room for the Workspace of native/cuda/params.cuh.
 WORKSPACE_BYTES = 4096
 
 
@@ -52,7 +53,7 @@ class FaultNote(ctypes.Structure):
 class CallWords(ctypes.Structure):
     _fields_ = [
         (name, c_uint32)
-        for name in ("kind", "dtype", "cast", "layout", "alignment", "has_grads", "handle_epoch", "config")
+        for name in ("kind", "dtype", "cast", "layout", "alignment", "has_grads", "handle_epoch", "capacity")
     ]
 
 
@@ -88,7 +89,7 @@ class Landing(ctypes.Structure):
 
 class HostResult(ctypes.Structure):
     _fields_ = [
-        ("epoch", c_uint64),
+        ("ticket", c_uint64),
         ("verdict", c_uint32),
         ("reserved", c_uint32),
         ("landing", Landing),
@@ -98,7 +99,28 @@ class HostResult(ctypes.Structure):
 
 
 class Tables(ctypes.Structure):
-    _fields_ = [(name, _POINTER) for name in ("rank_counts", "num_rows", "rows_per_expert", "expert_offset")]
+    _fields_ = [(name, _POINTER) for name in ("rank_counts", "num_rows", "rows_per_expert", "expert_offset", "state")]
+
+
+class Workspace(ctypes.Structure):
+    """The head of it; the plan that follows is the kernels' own business."""
+
+    _fields_ = [
+        *((name, c_uint64) for name in ("epoch", "input_error")),
+        *(
+            (name, c_uint32)
+            for name in (
+                "blocks_done",
+                "next_push",
+                "next_expand",
+                "next_reduce",
+                "next_final",
+                "is_faulty",
+                "overflowed",
+                "reserved",
+            )
+        ),
+    ]
 
 
 class Mesh(ctypes.Structure):
@@ -123,14 +145,18 @@ class Mesh(ctypes.Structure):
         ("board", _POINTER),
         ("workspace", _POINTER),
         ("base", _POINTER * MAX_RANKS),
+        ("heap", _POINTER * MAX_RANKS),
     ]
 
 
 class ExchangeCall(ctypes.Structure):
     _fields_ = [
-        *((name, _POINTER) for name in ("topk_idx", "topk_weights", "slots", "block_base", "result")),
+        *((name, _POINTER) for name in ("topk_idx", "topk_weights", "slots", "block_base", "result", "refused")),
         ("tables", Tables),
-        *((name, c_uint64) for name in ("grant_offset", "grant_bytes", "row_bytes", "scales_bytes", "slot_bytes")),
+        *(
+            (name, c_uint64)
+            for name in ("grant_offset", "grant_bytes", "row_bytes", "scales_bytes", "slot_bytes", "ticket")
+        ),
         *((name, c_uint32) for name in ("num_tokens", "tokens_per_block", "status", "reserved")),
         ("call", CallWords),
         ("text", ctypes.c_char * TEXT_BYTES),
@@ -154,11 +180,12 @@ class DispatchCall(ctypes.Structure):
                 "num_scales",
                 "piece_bytes",
                 "push_warps",
+                "push_blocks",
                 "layout",
                 "alignment",
                 "cast",
                 "dtype",
-                "reserved",
+                "capacity",
             )
         ),
     ]
@@ -194,9 +221,10 @@ def layout_checks() -> str:
     """C++ assertions that the structs of native/cuda/params.cuh lie in memory as the ones here do."""
     # What offsetof expands to in this compiler. NVRTC has not that header and, before 13.1, no built-in either.
     lines = ["namespace commlib::cuda {", f"static_assert(sizeof(Workspace) <= {WORKSPACE_BYTES});"]
-    for mirror in _MIRRORS:
+    for mirror in (*_MIRRORS, Workspace):
         name = mirror.__name__
-        lines.append(f"static_assert(sizeof({name}) == {sizeof(mirror)});")
+        if mirror is not Workspace:
+            lines.append(f"static_assert(sizeof({name}) == {sizeof(mirror)});")
         for field in mirror._fields_:
             offset = getattr(mirror, field[0]).offset
             lines.append(f"static_assert(__INTADDR__(&(({name}*)0)->{field[0]}) == {offset});")

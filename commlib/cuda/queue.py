@@ -1,41 +1,34 @@
-"""The queue of operations that all ranks issue in one order: construction, launches, verdicts, faults, closing."""
+"""The queue of operations that all ranks issue in one order: launches, verdicts, growth, faults, closing."""
 
 from __future__ import annotations
 
 import ctypes
 import time
+import weakref
 from typing import Any
 
 import torch
 
 from commlib.bootstrap import Bootstrap
 from commlib.config import RuntimeConfig
-from commlib.cuda.calls import KINDS, fault_error, refusal
-from commlib.cuda.compile import compile_unit, default_cache
-from commlib.cuda.driver import Kernel, load_kernels
-from commlib.cuda.launch import MAX_SHARED_BYTES, Tuning
-from commlib.cuda.memory import Arena, Regions, Slab, default_heap_bytes
+from commlib.cuda.calls import KINDS, fault_error, peer_lost_error, refusal
+from commlib.cuda.host_page import HostPage
+from commlib.cuda.kernels import EXCHANGE_THREADS, Buffers, load_executor_kernels, make_mesh
+from commlib.cuda.landing import dispatch_landing
+from commlib.cuda.launch import Tuning
+from commlib.cuda.memory import Arena, Regions, Segment, Slab, default_heap_bytes
 from commlib.cuda.operations import PendingOp
-from commlib.cuda.params import (
-    MAX_RANKS,
-    MAX_TOPK,
-    TEXT_BYTES,
-    WORKSPACE_BYTES,
-    CallWords,
-    ExchangeCall,
-    FaultNote,
-    HostResult,
-    Mesh,
-    sizeof,
-)
-from commlib.errors import CommTimeout, ConfigError
+from commlib.cuda.params import MAX_RANKS, MAX_TOPK, TEXT_BYTES, CallWords, ExchangeCall, HostResult, sizeof
+from commlib.errors import CapacityError, CommTimeout, ConfigError
 from commlib.layout import align_up
+from commlib.memory import MemoryReport
+from commlib.topology import Topology
 
 __all__ = ["OpQueue"]
 
-_EXCHANGE_THREADS = 512
-_RESULTS = 4  # of operations whose sizes the host may still want
-_GO = 1
+_GO, _REFUSED, _NO_ROOM = 1, 2, 3
+_GRACE_S = 30.0  # the device may be busy with other work before an operation starts
+_GROWTH = 1.25
 
 
 class OpQueue:
@@ -43,206 +36,181 @@ class OpQueue:
 
     def __init__(
         self,
+        device: Any,
         boot: Bootstrap,
         config: RuntimeConfig,
-        *,
-        device: Any,
-        num_sms: int = 24,
-        heap_bytes: int | None = None,
+        topology: Topology,
+        runtime_id: int,
+        connect_timeout_s: float,
         tuning: Tuning | None = None,
-        connect_timeout_s: float = 60.0,
     ) -> None:
         config.check_ranks(boot.size)
-        if boot.size > MAX_RANKS or config.num_topk > MAX_TOPK:
-            raise ConfigError(
-                f"num_ranks={boot.size} and num_topk={config.num_topk} exceed what a warp serves, "
-                f"{MAX_RANKS} and {MAX_TOPK}"
-            )
-        self.config, self.rank, self.num_ranks, self.num_sms = config, boot.rank, boot.size, num_sms
-        self.device = torch.device(device)
-        self._timeout_s = connect_timeout_s
-        self.boot = boot
-        self._epoch = 0
+        _check_limits(config, topology, boot.size)
+        self.config, self.rank, self.num_ranks = config, boot.rank, boot.size
+        self.num_sms, self.num_local_sms = config.num_sms, config.num_local_sms or config.num_sms
+        with torch.cuda.device(device):
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        self._id = runtime_id
+        self._ticket = 0  # of the newest operation; the same on all ranks
         self._unsettled: list[PendingOp] = []
-        # Kernels read the inputs of an operation until it is over, also if the caller drops what it was given.
-        self._in_flight: list[PendingOp] = []
+        self._not_received: list[PendingOp] = []  # split: kernels read the inputs even if the caller drops everything
+        self._captured: list[Slab] = []  # graphs write there whenever they are replayed
         self._tuning = tuning or Tuning()
         self.marks: list[tuple[str, Any, Any]] | None = None  # of each kernel, for measurements: name, start, end
         self._is_closed = self._is_faulty = False
-        self._id = id(self)
         self._experts_per_rank = config.num_experts // boot.size
         with torch.cuda.device(self.device):
             torch.cuda.current_stream().synchronize()  # makes the context
+            self._page = HostPage(boot, connect_timeout_s)
             regions = Regions(config, boot.size)
-            heap = default_heap_bytes(config, boot.size) if heap_bytes is None else heap_bytes
-            self._kernels = self._load()
-            self.arena = Arena(boot, regions, heap, connect_timeout_s)
+            heap_bytes = config.arena_bytes or default_heap_bytes(config, boot.size)
+            self._kernels, self._exchange_shared = load_executor_kernels(config, boot.size)
+            self.arena = Arena(boot, self._page, regions, heap_bytes, connect_timeout_s)
             self._stream: Any = torch.cuda.Stream(priority=-1)  # type: ignore[no-untyped-call]
-            self._make_buffers()
-        self._mesh = self._make_mesh(regions)
+            self._buffers = Buffers(config, boot.size, max(self.num_sms, self.num_local_sms), self.device)
+        self._mesh = make_mesh(config, boot.rank, boot.size, regions, self._buffers)
+        self._mesh.base[: boot.size] = self.arena.base
+        self._mesh.heap[: boot.size] = self.arena.heap_base
+        self._last_stream: Any = None
+        self._last_event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._slabs: weakref.WeakValueDictionary[int, Slab] = weakref.WeakValueDictionary()
         boot.barrier(connect_timeout_s)
 
-    # ---- construction
+    # ---- issuing
 
-    def _load(self) -> dict[str, Kernel]:
-        kernels: dict[str, Kernel] = {}
-        columns = self.config.num_experts + self.num_ranks
-        self._exchange_shared = _EXCHANGE_THREADS // 32 * columns * 4
-        if self._exchange_shared > MAX_SHARED_BYTES:
-            raise ConfigError(f"num_experts={self.config.num_experts} needs more shared memory than a block has")
-        wanted = {
-            "exchange": {"exchange": self._exchange_shared},
-            "dispatch": {"dispatch": MAX_SHARED_BYTES},
-            "combine": {"combine_bf16": MAX_SHARED_BYTES, "combine_f32": MAX_SHARED_BYTES},
-        }
-        for unit, names in wanted.items():
-            cubin, _ = compile_unit(unit, default_cache())
-            kernels.update(load_kernels(cubin, names))
-        return kernels
-
-    def _make_buffers(self) -> None:
-        config, columns = self.config, self.config.num_experts + self.num_ranks
-        self._workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=self.device)
-        self._workspace[8:16] = 255  # Workspace::input_error: none
-        self._slots = torch.empty(config.max_tokens * config.num_topk * 2, dtype=torch.int32, device=self.device)
-        self._block_base = torch.empty(self.num_sms * columns, dtype=torch.int32, device=self.device)
-        self._tail_words = self.num_ranks**2 + self._experts_per_rank + config.num_experts
-        self._result_bytes = align_up(sizeof(HostResult) + 4 * self._tail_words, 64)
-        self._pinned = torch.zeros(
-            align_up(sizeof(FaultNote), 64) + _RESULTS * self._result_bytes, dtype=torch.uint8, pin_memory=True
-        )
-        self._board = FaultNote.from_address(self._pinned.data_ptr())
-        torch.cuda.current_stream().synchronize()
-
-    def _make_mesh(self, regions: Regions) -> Mesh:
-        mesh = Mesh(
-            rank=self.rank,
-            num_ranks=self.num_ranks,
-            num_experts=self.config.num_experts,
-            num_topk=self.config.num_topk,
-            max_tokens=self.config.max_tokens,
-            experts_per_rank=self._experts_per_rank,
-            timeout_ns=int(self.config.timeout_s * 1e9),
-            exchange_row_bytes=regions.exchange_row_bytes,
-            board=self._pinned.data_ptr(),
-            workspace=self._workspace.data_ptr(),
-            **regions.offsets,
-        )
-        mesh.base[: self.num_ranks] = self.arena.base
-        return mesh
-
-    def barrier_send(self) -> PendingOp:
-        """Enqueues an operation that ends when all ranks' devices have come to it."""
-        self._start()
-        words = CallWords(kind=KINDS["barrier"])
-        pending = self._exchange(words.kind, ExchangeCall(call=words), None, 0)
-        return self._enqueued(pending)
-
-    def barrier(self) -> None:
-        """Returns when the devices of all ranks have come here."""
-        pending = self.barrier_send()
-        self._finish(pending)
-
-    def close(self) -> None:
-        """All ranks come, then memory is freed. Idempotent; after a fault it waits for nobody."""
-        if self._is_closed:
-            return
-        self._is_closed = True
-        self._stream.synchronize()
-        self._unsettled.clear()
-        self._in_flight.clear()
-        self.arena.close(None if self._is_faulty else self.boot, self._timeout_s)
-
-    def check(self) -> None:
-        """Raises CommTimeout if a kernel of this rank or of a peer missed a deadline."""
-        if self._board.kind:
-            self._is_faulty = True
-            raise fault_error(self._board, self.rank, self.config.timeout_s)
-
-    def _start(self) -> None:
+    def _prepare(self) -> None:
+        """Before an operation takes memory: what came before is known to have succeeded."""
         if self._is_closed:
             raise ConfigError("this Runtime is closed")
         self.check()
-        self._in_flight = [pending for pending in self._in_flight if not pending.done.query()]
+        # Sizes must be known before memory is granted anew, and ranks must find out in the same order.
         for pending in list(self._unsettled):
-            # The grant of a dispatch is the whole heap until its sizes are known; result slots are used in turn.
-            if pending.grant is not None or pending.epoch + _RESULTS <= self._epoch + 1:
-                self._settle(pending)
+            self._settle(pending)
+
+    def _issue(self, pending: PendingOp) -> PendingOp:
+        """Enqueues an operation on the current stream, or, if it is split, on the own one."""
+        is_capturing = torch.cuda.is_current_stream_capturing()
+        current = torch.cuda.current_stream(self.device)
+        if is_capturing:
+            self._check_capturable(pending)
+        stream = self._stream if pending.is_split else current
         # Inputs are ready, and so is memory that results gave back: their readers are on the current stream.
-        self._stream.wait_stream(torch.cuda.current_stream(self.device))
-
-    def _launch(self, name: str, blocks: int, threads: int, shared_bytes: int, call: ctypes.Structure) -> None:
-        if self.marks is None:
-            self._kernels[name].launch(self._stream.cuda_stream, blocks, threads, shared_bytes, self._mesh, call)
-            return
-        new_event: Any = torch.cuda.Event
-        start = self._stream.record_event(new_event(enable_timing=True))
-        self._kernels[name].launch(self._stream.cuda_stream, blocks, threads, shared_bytes, self._mesh, call)
-        self.marks.append((name, start, self._stream.record_event(new_event(enable_timing=True))))
-
-    def _exchange(self, kind: int, call: ExchangeCall, grant: Slab | None, tokens_per_block: int) -> PendingOp:
-        """Enqueues the first kernel of an operation."""
-        self._epoch += 1
-        call.slots, call.block_base = self._slots.data_ptr(), self._block_base.data_ptr()
-        call.result = self._result_address(self._epoch)
-        if grant is not None:
-            call.grant_offset, call.grant_bytes = grant.offset, grant.num_bytes
-        blocks = -(-call.num_tokens // tokens_per_block) if tokens_per_block and call.num_tokens else 1
-        self._launch("exchange", blocks, _EXCHANGE_THREADS, self._exchange_shared, call)
-        name = next(name for name, code in KINDS.items() if code == kind)
-        return PendingOp(name, self._epoch, None, grant=grant)
-
-    def _reject(self, kind: str, error: ConfigError) -> PendingOp:
-        """Tells all ranks why this one does not take part; they all raise."""
-        text = str(error).encode()[: TEXT_BYTES - 1]
-        pending = self._exchange(
-            KINDS[kind], ExchangeCall(status=4, call=CallWords(kind=KINDS[kind]), text=text), None, 0
-        )
-        return self._enqueued(pending)
-
-    def _enqueued(self, pending: PendingOp) -> PendingOp:
-        pending.done = self._stream.record_event()
-        self._unsettled.append(pending)
-        self._in_flight.append(pending)
+        if pending.is_split:
+            stream.wait_stream(current)
+        if not is_capturing and self._last_stream is not None and self._last_stream != stream:
+            stream.wait_event(self._last_event)
+        while self.arena.heap.release_events and not is_capturing:
+            stream.wait_event(self.arena.heap.release_events.popleft())
+        pending.stream = stream
+        self._launch_both(pending)
+        if is_capturing:
+            if pending.grant is not None:
+                self._captured.append(pending.grant)
+        else:
+            self._last_event.record(stream)
+            self._last_stream = stream
+            if not pending.is_lazy:
+                self._unsettled.append(pending)
+        if pending.is_split:
+            pending.done = stream.record_event()
+            self._not_received.append(pending)
         return pending
 
-    def _result_address(self, epoch: int) -> int:
-        first = self._pinned.data_ptr() + align_up(sizeof(FaultNote), 64)
-        return first + epoch % _RESULTS * self._result_bytes
+    def _launch_both(self, pending: PendingOp) -> None:
+        exchange = pending.exchange
+        self._ticket += 1
+        pending.ticket = exchange.ticket = self._ticket
+        if pending.handle is not None and pending.public_handle is None:
+            pending.handle.epoch = self._ticket
+        heap = self.arena.heap
+        if pending.data is not None:
+            pending.grant = None  # of a first try: or there is nothing to take
+            pending.grant = heap.take_largest() if pending.grant_bytes is None else heap.take(pending.grant_bytes)
+            exchange.grant_offset, exchange.grant_bytes = pending.grant.offset, pending.grant.num_bytes
+        buffers = self._buffers
+        exchange.slots, exchange.block_base = buffers.slots.data_ptr(), buffers.block_base.data_ptr()
+        if pending.is_lazy:
+            exchange.result, exchange.refused = buffers.scratch_result.data_ptr(), buffers.refused_address
+        else:
+            exchange.result = buffers.result_address(self._ticket)
+        per_block = exchange.tokens_per_block
+        blocks = -(-exchange.num_tokens // per_block) if per_block and exchange.num_tokens else 1
+        self._launch(pending.stream, "exchange", blocks, EXCHANGE_THREADS, self._exchange_shared, exchange)
+        if pending.data is not None:
+            data = pending.data
+            self._launch(pending.stream, data.name, data.blocks, data.threads, data.shared_bytes, data.call)
+
+    def _launch(
+        self, stream: Any, name: str, blocks: int, threads: int, shared_bytes: int, call: ctypes.Structure
+    ) -> None:
+        if self.marks is None:
+            self._kernels[name].launch(stream.cuda_stream, blocks, threads, shared_bytes, self._mesh, call)
+            return
+        new_event: Any = torch.cuda.Event
+        start = stream.record_event(new_event(enable_timing=True))
+        self._kernels[name].launch(stream.cuda_stream, blocks, threads, shared_bytes, self._mesh, call)
+        self.marks.append((name, start, stream.record_event(new_event(enable_timing=True))))
+
+    def _check_capturable(self, pending: PendingOp) -> None:
+        if pending.grant_bytes is None:
+            raise ConfigError("a dispatch whose sizes the host must learn cannot be captured: give it a capacity")
+        pending.is_lazy = True
+
+    def _reject(self, kind: str, error: Exception, *, is_split: bool) -> PendingOp:
+        """Tells all ranks why this one does not take part; they all raise."""
+        text = str(error).encode("ascii", "backslashreplace")[: TEXT_BYTES - 1]
+        exchange = ExchangeCall(status=4, call=CallWords(kind=KINDS[kind]), text=text)
+        return self._issue(PendingOp(kind, self._id, exchange, is_split=is_split))
+
+    # ---- verdicts
 
     def _settle(self, pending: PendingOp) -> None:
-        """Waits until the exchange of an operation is over and keeps what it said."""
-        if pending.settled is not None:
+        """Waits until the exchange of an operation is over and keeps what it said; grows the heap if it must."""
+        if pending.settled or pending.is_lazy:
             return
-        address = self._result_address(pending.epoch)
-        live = HostResult.from_address(address)
-        limit = time.monotonic() + self.config.timeout_s + 30
-        while live.epoch != pending.epoch:
-            self.check()
-            if time.monotonic() > limit:
-                self._is_faulty = True
-                raise CommTimeout(
-                    f"rank {self.rank}: the device did not start operation {pending.epoch}", rank=self.rank, peer=None,
-                    channel="device", phase=pending.kind, tag=pending.epoch, expected=pending.epoch, seen=live.epoch,
-                )  # fmt: skip
-        copy = ctypes.string_at(address, sizeof(HostResult) + 4 * self._tail_words)
-        result = HostResult.from_buffer_copy(copy)
-        pending.settled = result
         self._unsettled.remove(pending)
+        result, tail = self._wait_result(pending)
+        if result.verdict == _NO_ROOM:
+            self._grow(result)
+            pending.stream.wait_event(self._last_event)
+            self._launch_both(pending)
+            self._last_event.record(pending.stream)
+            if pending.is_split:
+                pending.done = pending.stream.record_event()
+            result, tail = self._wait_result(pending)
+        pending.settled, pending.result = True, result
         if result.verdict != _GO:
             self.check()
             pending.error = refusal(result, self.num_ranks, self.config.num_topk, self.config.num_experts)
             pending.grant = None
-            return
-        if pending.kind == "dispatch":
-            self._keep_sizes(pending, result, memoryview(copy)[sizeof(HostResult) :].cast("I"))
-        elif pending.kind == "cached_dispatch":
-            assert pending.grant is not None
-            pending.grant = pending.grant.split_front(result.landing.output_bytes)
+        elif pending.kind == "dispatch":
+            self._keep_sizes(pending, result, tail)
+        elif pending.kind == "combine":
+            pending.grant = None  # later operations come behind this one
+
+    def _wait_result(self, pending: PendingOp) -> tuple[HostResult, Any]:
+        address = self._buffers.result_address(pending.ticket)
+        live = HostResult.from_address(address)
+        limit = time.monotonic() + self.config.timeout_s + _GRACE_S
+        while live.ticket != pending.ticket:
+            self.check()
+            if time.monotonic() > limit:
+                self._is_faulty = True
+                raise CommTimeout(
+                    f"rank {self.rank}: the device did not start operation {pending.ticket}", rank=self.rank, peer=None,
+                    channel="device", phase=pending.kind, tag=pending.ticket, expected=pending.ticket, seen=live.ticket,
+                )  # fmt: skip
+        copy = ctypes.string_at(address, sizeof(HostResult) + 4 * self._buffers.tail_words)
+        return HostResult.from_buffer_copy(copy), memoryview(copy)[sizeof(HostResult) :].cast("I")
 
     def _keep_sizes(self, pending: PendingOp, result: HostResult, tail: Any) -> None:
-        handle, grant, landing = pending.handle, pending.grant, result.landing
+        handle, grant, landing, call = pending.handle, pending.grant, result.landing, pending.exchange
         assert handle is not None and grant is not None
+        expected = dispatch_landing(
+            int(landing.num_rows), int(landing.num_records), row_bytes=call.row_bytes, scales_bytes=call.scales_bytes,
+            num_topk=self.config.num_topk, is_rows=handle.layout == "rows", is_fresh=True,
+        )  # fmt: skip
+        assert bytes(expected) == bytes(landing), "host and device lay the output out differently"
         ranks, experts = self.num_ranks, self._experts_per_rank
         handle.num_rows = int(landing.num_rows)
         handle.rank_counts = tuple(tuple(tail[r * ranks : (r + 1) * ranks]) for r in range(ranks))
@@ -251,8 +219,133 @@ class OpQueue:
         pending.grant = grant.split_front(landing.output_bytes)
         handle.records = grant.split_front(landing.total_bytes - landing.records)
 
-    def _finish(self, pending: PendingOp) -> None:
+    def _finish(self, pending: PendingOp, kinds: tuple[str, ...]) -> None:
+        if not isinstance(pending, PendingOp) or pending.kind not in kinds or pending.runtime_id != self._id:
+            raise ConfigError(f"{type(pending).__name__} is not a pending {kinds[0]} of this Runtime")
         self._settle(pending)
-        torch.cuda.current_stream(self.device).wait_event(pending.done)
+        if pending.is_split and pending in self._not_received:
+            self._not_received.remove(pending)
+            torch.cuda.current_stream(self.device).wait_event(pending.done)
         if pending.error is not None:
             raise pending.error
+
+    def _grow(self, result: HostResult) -> None:
+        """All ranks found that some heaps are too small: those are replaced. Nothing is under way but this."""
+        needed, granted = int(result.needed[self.rank]), int(result.headers[self.rank].grant_bytes)
+        exchange, own = ExchangeCall(call=CallWords(kind=KINDS["grow"])), None
+        try:
+            if any(result.needed[r] > result.headers[r].grant_bytes for r in range(self.num_ranks)) and self._captured:
+                raise CapacityError(
+                    "the heap cannot grow, a CUDA graph holds its addresses: give the Runtime more arena_bytes",
+                    needed=needed, available=granted,
+                )  # fmt: skip
+            if needed > granted:
+                own = Segment(align_up(int(_GROWTH * max(needed, self.arena.heap.num_bytes)), 1 << 20))
+                exchange.text = _pack(own.handle())
+        except CapacityError as error:
+            exchange.status = 4
+            exchange.text = str(error).encode("ascii", "backslashreplace")[: TEXT_BYTES - 1]
+        pending = PendingOp("grow", self._id, exchange, stream=self._stream)
+        self._stream.wait_event(self._last_event)
+        self._launch_both(pending)
+        self._last_event.record(self._stream)
+        self._last_stream = self._stream
+        answer, _ = self._wait_result(pending)
+        if answer.verdict != _GO:
+            if own is not None:
+                own.free()
+            self.check()
+            reason = refusal(answer, self.num_ranks, self.config.num_topk, self.config.num_experts)
+            raise CapacityError(str(reason), needed=needed, available=granted)
+        handles = [_unpack(header.text) for header in answer.headers[: self.num_ranks]]
+        self.arena.replace_heaps(own, handles)
+        self._mesh.heap[: self.num_ranks] = self.arena.heap_base
+
+    # ---- the rest
+
+    def barrier(self) -> None:
+        """Returns when the devices of all ranks have come here."""
+        self._finish(self.enqueue_barrier(), ("barrier",))
+
+    def enqueue_barrier(self, *, is_lazy: bool = False) -> PendingOp:
+        """The current stream goes on when those of all ranks have come here; if it is lazy, the host never waits."""
+        self._prepare()
+        exchange = ExchangeCall(call=CallWords(kind=KINDS["barrier"]))
+        return self._issue(PendingOp("barrier", self._id, exchange, is_lazy=is_lazy))
+
+    def check(self) -> None:
+        """Raises CommTimeout if a kernel of this rank or of a peer missed a deadline, PeerLostError if a process has
+        ended, ConfigError if an operation that nobody waited for was refused."""
+        board = self._buffers.board
+        if board.kind:
+            self._is_faulty = True
+            raise fault_error(board, self.rank, self.config.timeout_s)
+        if (peer := self._page.lost_peer()) is not None and not self._is_closed:
+            self._is_faulty = True
+            # Kernels that wait for it would go on to their deadline.
+            self._buffers.raise_fault(self.arena.base[self.rank], self.arena.regions, self.rank, peer)
+            raise peer_lost_error(self.rank, peer)
+        refused = self._buffers.refused
+        if refused.ticket:
+            copy = HostResult.from_buffer_copy(refused)
+            refused.ticket = 0
+            raise refusal(copy, self.num_ranks, self.config.num_topk, self.config.num_experts)
+
+    def memory(self) -> MemoryReport:
+        return MemoryReport(self.arena.num_bytes, self.arena.heap.num_bytes, self.arena.heap.used_bytes)
+
+    def close(self) -> None:
+        """All ranks come, then memory is freed; after a fault it waits for nobody."""
+        try:
+            if not self._is_faulty:
+                self.barrier()
+        except Exception:
+            self._is_faulty = True
+            raise
+        finally:
+            self._leave()
+
+    def abandon(self) -> None:
+        """Leaves at once. Peers find out by their deadlines, or when this process ends."""
+        self._is_faulty = True
+        self._leave()
+
+    def _leave(self) -> None:
+        if self._is_closed:
+            return
+        self._is_closed = True
+        if not self._is_faulty:
+            self._last_event.synchronize()
+        self._unsettled.clear()
+        self._not_received.clear()
+        self._captured.clear()
+        self.arena.close(is_quiet=not self._is_faulty)
+        self._page.close()
+
+    def record_stream(self, tensor: Any, stream: Any) -> None:
+        """A result is used on another stream than the one on which later operations are called."""
+        address = tensor.untyped_storage().data_ptr()
+        for slab in list(self._slabs.values()):
+            if slab.address <= address < slab.address + slab.num_bytes:
+                slab.record_stream(stream)
+                return
+        raise ConfigError("the tensor is no result of this Runtime")
+
+
+def _check_limits(config: RuntimeConfig, topology: Topology, num_ranks: int) -> None:
+    if topology.num_nodes != 1:
+        raise ConfigError(f"the GPU executor serves one node, the ranks are on {topology.num_nodes}")
+    if num_ranks > MAX_RANKS or config.num_topk > MAX_TOPK:
+        raise ConfigError(
+            f"num_ranks={num_ranks} and num_topk={config.num_topk} exceed what a warp serves: "
+            f"{MAX_RANKS} and {MAX_TOPK}"
+        )
+
+
+def _pack(handle: bytes) -> bytes:
+    """In hexadecimal: the field is text, which ends at the first zero."""
+    return handle.hex().encode()
+
+
+def _unpack(text: bytes) -> bytes:
+    return bytes.fromhex(text.decode())

@@ -11,7 +11,13 @@ constexpr int kMaxRanks = 32;  // one lane per rank
 constexpr int kMaxTopk = 32;   // one lane per slot of a token
 constexpr int kTextWords = 40;
 
-enum OpKind : uint32_t { kDispatch = 1, kCachedDispatch = 2, kCombine = 3, kBarrier = 4 };
+enum OpKind : uint32_t {
+  kDispatch = 1,
+  kCachedDispatch = 2,
+  kCombine = 3,
+  kBarrier = 4,
+  kGrow = 5,  // the header's text holds what peers need to map a new heap
+};
 enum Status : uint32_t {
   kOk = 0,
   kBadExpert = 1,
@@ -19,7 +25,14 @@ enum Status : uint32_t {
   kBadWeight = 3,
   kRejected = 4,  // by the host's own checks; the header carries its text
 };
-enum Verdict : uint32_t { kPending = 0, kGo = 1, kRefused = 2, kNoRoom = 3, kFaulty = 4 };
+enum Verdict : uint32_t {
+  kPending = 0,
+  kGo = 1,
+  kRefused = 2,
+  kNoRoom = 3,
+  kFaulty = 4,
+  kOverflow = 5,  // a rank has more rows than the call's capacity
+};
 enum Phase : uint32_t { kExchange = 1, kExpand = 2, kFinalReduce = 3 };
 enum RowOrder : uint32_t { kGrouped = 0, kRows = 1 };
 enum Cast : uint32_t { kNoCast = 0, kCastFp32 = 1, kCastPow2 = 2 };
@@ -37,13 +50,14 @@ struct FaultNote {
 
 // One call, as far as all ranks must agree on it; equal words on all ranks or nothing moves.
 struct CallWords {
-  uint32_t kind, dtype, cast, layout, alignment, has_grads, handle_epoch, config;
+  uint32_t kind, dtype, cast, layout, alignment, has_grads, handle_epoch;
+  uint32_t capacity;  // rows of a dispatch's output; 0: as many as come
 };
 
 // Head of an exchange row; tokens per expert [E] and distinct tokens per rank [R] follow as uint32.
 struct ExchangeHeader {
   uint64_t epoch;
-  uint64_t grant_offset;  // where the landing of this operation starts in the rank's arena
+  uint64_t grant_offset;  // where the landing of this operation starts in the rank's heap
   uint64_t grant_bytes;   // room there
   uint32_t status;
   uint32_t bad_index;  // token * num_topk + slot
@@ -64,7 +78,7 @@ struct Landing {
 // In pinned host memory. Behind it, uint32: distinct tokens [source][rank], rows of each local
 // expert, tokens per expert over all ranks.
 struct HostResult {
-  uint64_t epoch;  // written last; partner: the host's read of it
+  uint64_t ticket;  // of the call; written last; partner: the host's read of it
   uint32_t verdict;
   uint32_t reserved;
   Landing landing;
@@ -78,6 +92,7 @@ struct Tables {
   uint32_t* num_rows;         // [rank]
   uint32_t* rows_per_expert;  // [local expert], no padding
   uint32_t* expert_offset;    // [local expert + 1]
+  uint32_t* state;            // 0: as it should be; 1: refused or overflowed, all counts are 0
 };
 
 struct Route {     // of one slot of an own token
@@ -119,10 +134,12 @@ struct Workspace {
   uint32_t next_reduce;
   uint32_t next_final;
   uint32_t is_faulty;
+  uint32_t overflowed;  // some dispatch overflowed; stays until the host clears it
+  uint32_t reserved;
   Plan plan;
 };
 
-// Who we are and where everything lies. Offsets count from the base of a rank's arena.
+// Who we are and where everything lies. Offsets count from the base of a rank's control region.
 struct Mesh {
   int32_t rank, num_ranks, num_experts, num_topk;
   int32_t max_tokens, experts_per_rank;
@@ -137,6 +154,7 @@ struct Mesh {
   FaultNote* board;           // in pinned host memory
   Workspace* workspace;
   uint8_t* base[kMaxRanks];
+  uint8_t* heap[kMaxRanks];  // where grants count from
 };
 
 struct ExchangeCall {
@@ -145,10 +163,12 @@ struct ExchangeCall {
   uint2* slots;          // [token][slot]: place in its block's tokens of the expert, of the rank
   uint32_t* block_base;  // [block][E + R]: counts, then the first row and record of each block
   HostResult* result;
+  HostResult* refused;  // in pinned memory: keeps the first refusal of calls that nobody waits for
   Tables tables;
   uint64_t grant_offset, grant_bytes;
   uint64_t row_bytes, scales_bytes;  // dispatch: of one row as it travels
   uint64_t slot_bytes;               // combine: of one partial row with its gradients
+  uint64_t ticket;                   // not 0; the host's number: epochs go on when graphs replay
   uint32_t num_tokens;
   uint32_t tokens_per_block;
   uint32_t status;
@@ -171,9 +191,9 @@ struct DispatchCall {
   uint32_t in_row_bytes, row_bytes;  // as given, as it travels
   uint32_t num_scales;
   uint32_t piece_bytes;  // of a given row, per stage
-  uint32_t push_warps;
+  uint32_t push_warps, push_blocks;
   uint32_t layout, alignment, cast, dtype;
-  uint32_t reserved;
+  uint32_t capacity;
 };
 
 struct CombineCall {

@@ -1,4 +1,4 @@
-"""What the ranks of the GPU tests share: engines over MPI, ranks on shared GPUs, comparisons bit by bit.
+"""What the ranks of the GPU tests share: Runtimes over MPI, ranks on shared GPUs, comparisons bit by bit.
 
 Functions named *_rank run on every rank, under mpirun.
 """
@@ -14,16 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from mpi4py import MPI
 from torch import Tensor
 
 from commlib import reference
 from commlib.bootstrap import Bootstrap, connect
 from commlib.config import RuntimeConfig
-from commlib.cuda.engine import CudaEngine
 from commlib.errors import CapacityError, CommTimeout, ConfigError
 from commlib.handle import Dispatched
 from commlib.quant import quantize_e4m3
+from commlib.runtime import Runtime
 from commlib.testing.payloads import assert_identity, identity_payload, random_payload
 from commlib.testing.workloads import WORKLOADS, Workload, make_workload
 
@@ -34,6 +33,8 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def join() -> tuple[Bootstrap, torch.device]:
     """The job, and this rank's GPU: ranks take turns where there are fewer GPUs."""
+    from mpi4py import MPI  # here: importing it starts MPI, which is not for ranks that die
+
     boot = connect(MPI.COMM_WORLD)
     device = torch.device("cuda", boot.rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
@@ -41,26 +42,24 @@ def join() -> tuple[Bootstrap, torch.device]:
 
 
 @contextmanager
-def open_engine(boot: Bootstrap, device: torch.device, work: Workload, hidden: int, **changes: Any) -> Iterator[Any]:
-    options = {name: changes.pop(name) for name in ("num_sms", "heap_bytes") if name in changes}
-    config = RuntimeConfig(
-        **{
-            "hidden": hidden,
-            "num_experts": work.num_experts,
-            "num_topk": work.num_topk,
-            "max_tokens": 128,
-            "expert_alignment": 8,
-            "timeout_s": 60.0,
-            **changes,
-        }
-    )
-    engine = CudaEngine(boot, config, device=device, **{"num_sms": 4, "heap_bytes": 256 << 20, **options})
-    try:
-        yield engine
+def open_runtime(
+    boot: Bootstrap, device: torch.device, work: Workload, hidden: int, **changes: Any
+) -> Iterator[Runtime]:
+    values = {
+        "hidden": hidden,
+        "num_experts": work.num_experts,
+        "num_topk": work.num_topk,
+        "max_tokens": 128,
+        "expert_alignment": 8,
+        "timeout_s": 60.0,
+        "num_sms": 4,
+        "arena_bytes": 256 << 20,
+        **changes,
+    }
+    with Runtime(boot, RuntimeConfig(**values), device=device) as runtime:
+        yield runtime
         torch.cuda.synchronize()
-        engine.check()
-    finally:
-        engine.close()
+        runtime.check()
 
 
 def workload_of(name: str, num_ranks: int, seed: int = 0, num_tokens: int = 37) -> Workload:
@@ -109,11 +108,11 @@ class Case:
     def name(self) -> str:
         return f"{self.work.name} {self.layout} {self.xs[0].dtype} align {self.alignment} fp8={self.fp8}"
 
-    def dispatch(self, engine: CudaEngine, **changes: Any) -> Dispatched:
-        rank = engine.rank
+    def dispatch(self, runtime: Runtime, **changes: Any) -> Dispatched:
+        rank = runtime.rank
         values = {"layout": self.layout, "expert_alignment": self.alignment, "fp8": self.fp8, **changes}
         x = values.pop("x", self.xs[rank]).cuda()
-        return engine.dispatch(x, self.work.topk_idx[rank].cuda(), self.work.topk_weights[rank].cuda(), **values)
+        return runtime.dispatch(x, self.work.topk_idx[rank].cuda(), self.work.topk_weights[rank].cuda(), **values)
 
     def check(self, rank: int, got: Dispatched, *, is_by_handle: bool = False) -> None:
         expected, what = self.expected[rank], f"rank {rank}: {self.name} by handle {is_by_handle}"
@@ -126,7 +125,7 @@ class Case:
         load = sum(idx.flatten().add(1).bincount(minlength=self.work.num_experts + 1)[1:] for idx in self.work.topk_idx)
         assert isinstance(load, Tensor) and got.handle.load() == load.tolist()
 
-    def combine(self, engine: CudaEngine, got: Dispatched, dtype: torch.dtype, seed: int, weighted: bool, grads: bool):
+    def combine(self, runtime: Runtime, got: Dispatched, dtype: torch.dtype, seed: int, weighted: bool, grads: bool):
         """Combines made-up expert rows and compares; padding holds NaNs that must not be read."""
         ys, weights, weight_grads, hidden = [], [], [], self.xs[0].shape[1]
         for rank, received in enumerate(self.expected):
@@ -137,8 +136,8 @@ class Case:
             weights.append(torch.from_numpy(rng.uniform(-1, 1, len(y)).astype(np.float32)))
             shape = (len(y),) if self.layout == "grouped" else (len(y), self.work.num_topk)
             weight_grads.append(torch.from_numpy(rng.uniform(-1, 1, shape).astype(np.float32)))
-        own = engine.rank
-        combined = engine.combine(
+        own = runtime.rank
+        combined = runtime.combine(
             ys[own].cuda(),
             got.handle,
             weights=weights[own].cuda() if weighted else None,
@@ -149,7 +148,7 @@ class Case:
             self.expected,
             self.work.topk_idx,
             self.work.num_experts,
-            [0] * engine.num_ranks,
+            [0] * runtime.num_ranks,
             weights=weights if weighted else None,
             weight_grads=weight_grads if grads else None,
         )[own]
@@ -166,45 +165,45 @@ def case_of(
     return Case(work, layout, alignment, xs, fp8)
 
 
-def check_plain(engine: CudaEngine, work: Workload, hidden: int, dtypes: Sequence[torch.dtype], seed: int) -> None:
+def check_plain(runtime: Runtime, work: Workload, hidden: int, dtypes: Sequence[torch.dtype], seed: int) -> None:
     """Identity payloads through a fresh dispatch, one by handle, and combines of every kind."""
-    rank = engine.rank
+    rank = runtime.rank
     for layout in LAYOUTS:
         for place, dtype in enumerate(dtypes):
             alignment = ALIGNMENTS[(seed + place) % len(ALIGNMENTS)]
             xs = [identity_payload(r, count, hidden, dtype) for r, count in enumerate(work.num_tokens)]
             case = Case(work, layout, alignment, xs)
-            got = case.dispatch(engine)
+            got = case.dispatch(runtime)
             assert_identity(got.x.cpu(), case.expected[rank].source)
             case.check(rank, got)
-            case.combine(engine, got, dtype, seed, False, False)
-            case.combine(engine, got, torch.bfloat16, seed + 1, True, True)
+            case.combine(runtime, got, dtype, seed, False, False)
+            case.combine(runtime, got, torch.bfloat16, seed + 1, True, True)
             again = case_of(work, layout, alignment, hidden, dtype)
-            by_handle = engine.dispatch(again.xs[rank].cuda(), handle=got.handle)
+            by_handle = runtime.dispatch(again.xs[rank].cuda(), handle=got.handle)
             again.check(rank, by_handle, is_by_handle=True)
-            case.combine(engine, by_handle, dtype, seed + 2, True, False)
+            case.combine(runtime, by_handle, dtype, seed + 2, True, False)
             case.check(rank, got)  # nothing has touched the first result
 
 
-def check_fp8(engine: CudaEngine, work: Workload, hidden: int) -> None:
-    rank = engine.rank
+def check_fp8(runtime: Runtime, work: Workload, hidden: int) -> None:
+    rank = runtime.rank
     for layout in LAYOUTS:
         for kind, dtype in (("fp32", torch.bfloat16), ("pow2", torch.bfloat16), ("fp32", torch.float32)):
             case = case_of(work, layout, 8, hidden, dtype, kind)
-            got = case.dispatch(engine)
+            got = case.dispatch(runtime)
             case.check(rank, got)
             q, scales = quantize_e4m3(case.xs[rank], pow2=kind == "pow2")
-            case.check(rank, case.dispatch(engine, x=q, scales=scales.cuda(), fp8=None))
-            case.combine(engine, got, torch.bfloat16, 5, True, False)
-            case.check(rank, engine.dispatch(case.xs[rank].cuda(), handle=got.handle, fp8=kind), is_by_handle=True)
+            case.check(rank, case.dispatch(runtime, x=q, scales=scales.cuda(), fp8=None))
+            case.combine(runtime, got, torch.bfloat16, 5, True, False)
+            case.check(rank, runtime.dispatch(case.xs[rank].cuda(), handle=got.handle, fp8=kind), is_by_handle=True)
 
 
 def plain_rank(names: list[str], hidden: int, num_tokens: int) -> None:
     boot, device = join()
     for seed, name in enumerate(names or WORKLOADS):
         work = workload_of(name, boot.size, seed, num_tokens)
-        with open_engine(boot, device, work, hidden, max_tokens=max(128, num_tokens)) as engine:
-            check_plain(engine, work, hidden, (torch.bfloat16, torch.float32), seed)
+        with open_runtime(boot, device, work, hidden, max_tokens=max(128, num_tokens)) as runtime:
+            check_plain(runtime, work, hidden, (torch.bfloat16, torch.float32), seed)
     print(f"rank {boot.rank}: plain {names or WORKLOADS} hidden {hidden} OK", flush=True)
 
 
@@ -212,23 +211,23 @@ def fp8_rank(names: list[str], hidden: int) -> None:
     boot, device = join()
     for name in names:
         work = workload_of(name, boot.size)
-        with open_engine(boot, device, work, hidden) as engine:
-            check_fp8(engine, work, hidden)
+        with open_runtime(boot, device, work, hidden) as runtime:
+            check_fp8(runtime, work, hidden)
     print(f"rank {boot.rank}: fp8 {names} hidden {hidden} OK", flush=True)
 
 
 def errors_rank() -> None:
-    """Bad inputs, disagreement and lack of room raise everywhere, move nothing, and leave the engine usable."""
+    """Bad inputs, disagreement and lack of room raise everywhere, move nothing, and leave the Runtime usable."""
     boot, device = join()
     work = workload_of("uniform", boot.size)
     last = boot.size - 1
-    with open_engine(boot, device, work, 256, heap_bytes=1 << 20) as engine:
+    with open_runtime(boot, device, work, 256, arena_bytes=1 << 20) as runtime:
         case = case_of(work, "grouped", 8, 256, torch.bfloat16)
         rank = boot.rank
 
         def expect(kind: type[Exception], match: str, **changes: Any) -> None:
             with pytest.raises(kind, match=match):
-                case.dispatch(engine, **changes)
+                case.dispatch(runtime, **changes)
 
         x, idx, weights = case.xs[rank].cuda(), work.topk_idx[rank].cuda(), work.topk_weights[rank].cuda()
         for text, change in (("expert id 99 at token 5, slot 1", 99), ("occurs twice at token 5, slot 1", None)):
@@ -236,19 +235,20 @@ def errors_rank() -> None:
             if rank == last:
                 bad[5, 1] = bad[5, 0] if change is None else change
             with pytest.raises(ConfigError, match=f"rank {last}: .*{text} on rank {last}"):
-                engine.dispatch(x, bad, weights)
+                runtime.dispatch(x, bad, weights)
         bad_weights = weights.clone()
         if rank == last:
             bad_weights[2, 2] = torch.nan
         with pytest.raises(ConfigError, match=f"weight nan at token 2, slot 2 on rank {last} is not finite"):
-            engine.dispatch(x, idx, bad_weights)
+            runtime.dispatch(x, idx, bad_weights)
         with pytest.raises(ConfigError, match=f"rank {last}: x has dtype float64"):
-            engine.dispatch(x.double() if rank == last else x, idx, weights)
+            runtime.dispatch(x.double() if rank == last else x, idx, weights)
         expect(ConfigError, "ranks disagree about the call", layout="rows" if rank == last else "grouped")
-        expect(CapacityError, "needs .* in one piece", expert_alignment=4096)
-        got = case.dispatch(engine)
+        expect(CapacityError, "do not fit into the .* free on the device", expert_alignment=1 << 26)
+        expect(ConfigError, "expert_alignment=1073741824: .* the limit is 2\\^31-1", expert_alignment=1 << 30)
+        got = case.dispatch(runtime)
         case.check(rank, got)
-        case.combine(engine, got, torch.bfloat16, 1, True, True)
+        case.combine(runtime, got, torch.bfloat16, 1, True, True)
     print(f"rank {boot.rank}: errors OK", flush=True)
 
 
@@ -258,23 +258,23 @@ def timeout_rank() -> None:
     work = workload_of("uniform", boot.size)
     case = case_of(work, "grouped", 8, 256, torch.bfloat16)
     last = boot.size - 1
-    engine_config = {"hidden": 256, "num_experts": 12, "num_topk": 3, "max_tokens": 128, "timeout_s": 1.0}
-    engine = CudaEngine(boot, RuntimeConfig(**engine_config), device=device, num_sms=4, heap_bytes=64 << 20)
+    config = RuntimeConfig(hidden=256, num_experts=12, num_topk=3, max_tokens=128, timeout_s=1.0, num_sms=4)
+    runtime = Runtime(boot, config, device=device)
     if boot.rank != last:
         start = time.monotonic()
         with pytest.raises(CommTimeout, match=f"waited for rank {last} in exchange") as caught:
-            case.dispatch(engine)
+            case.dispatch(runtime)
         assert caught.value.peer == last and caught.value.seen == 0 and time.monotonic() - start < 20
         with pytest.raises(CommTimeout):
-            case.dispatch(engine)
+            case.dispatch(runtime)
     assert float(torch.ones(8, device=device).sum()) == 8.0
     boot.barrier(60)
     if boot.rank == last:  # comes too late: it finds the others' note
         with pytest.raises(CommTimeout, match=f"waited for rank {last} in exchange"):
-            case.dispatch(engine)
-    engine.close()
+            case.dispatch(runtime)
+    runtime.close()
     boot.barrier(60)
-    with open_engine(boot, device, work, 256) as again:
+    with open_runtime(boot, device, work, 256) as again:
         case.check(boot.rank, case.dispatch(again))
     print(f"rank {boot.rank}: timeout OK", flush=True)
 
@@ -284,7 +284,7 @@ def streams_rank() -> None:
     boot, device = join()
     work = workload_of("uniform", boot.size, num_tokens=64)
     hidden = 1024
-    with open_engine(boot, device, work, hidden) as engine:
+    with open_runtime(boot, device, work, hidden) as runtime:
         rank = boot.rank
         case = case_of(work, "grouped", 8, hidden, torch.bfloat16)
         idx, weights = work.topk_idx[rank].cuda(), work.topk_weights[rank].cuda()
@@ -298,12 +298,12 @@ def streams_rank() -> None:
                 for _ in range(4):
                     ballast = ballast @ ballast * 1e-4
                 x.copy_(source)
-                got = engine.dispatch_recv(engine.dispatch_send(x, idx, weights, expert_alignment=8))
+                got = runtime.dispatch_recv(runtime.dispatch_send(x, idx, weights, expert_alignment=8))
                 handle = got.handle
                 y = got.x * 2
                 del got  # its memory is granted again by the next operation
-                sent = engine.combine_send(y, handle)
-                outs.append((y, engine.combine_recv(sent).x))
+                sent = runtime.combine_send(y, handle)
+                outs.append((y, runtime.combine_recv(sent).x))
         torch.cuda.synchronize()
         ys = [received.x * 2 for received in case.expected]
         nodes = [0] * boot.size

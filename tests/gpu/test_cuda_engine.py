@@ -13,8 +13,8 @@ pytestmark = pytest.mark.gpu
 ENV = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMPI_MCA_rmaps_base_oversubscribe": "1"}
 
 
-def check(function: str, num_ranks: int, *args: Any, timeout_s: float = 150.0) -> None:
-    check_ranks(f"gpu.gpu_job:{function}", num_ranks, args=args, env=ENV, launcher="mpirun", timeout_s=timeout_s)
+def check(function: str, num_ranks: int, *args: Any, job: str = "gpu.gpu_job", timeout_s: float = 150.0) -> None:
+    check_ranks(f"{job}:{function}", num_ranks, args=args, env=ENV, launcher="mpirun", timeout_s=timeout_s)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])

@@ -99,7 +99,8 @@ def test_rows_that_do_not_fit_are_refused() -> None:
 def test_heap_takes_splits_and_merges() -> None:
     heap = Heap(512, 10 * ALIGNMENT)
     first, second = heap.take(1), heap.take(ALIGNMENT + 1)
-    assert (first.offset, second.offset) == (512, 512 + ALIGNMENT)
+    assert (first.offset, second.offset) == (0, ALIGNMENT)
+    assert (first.address, second.address) == (512, 512 + ALIGNMENT)
     assert heap.used_bytes == 3 * ALIGNMENT
     del first
     rest = heap.take_largest()

@@ -1,0 +1,233 @@
+"""`commlib bench --device cuda`: the GPU executor against a plain push of the same bytes, in one run.
+
+Times are microseconds: per iteration that of the slowest rank, median and 99th percentile over iterations, with fresh
+routings in turn, between CUDA events behind a device barrier. Outputs are poisoned before and compared with what they
+must be after the first round of every figure. One JSON line per figure and a table, from rank 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from commlib.bootstrap import Bootstrap, connect
+from commlib.cli.push_limit import PushLimit
+from commlib.cli.routed_rows import RoutedRows
+from commlib.config import RuntimeConfig
+from commlib.runtime import Runtime
+
+__all__ = ["CudaBench", "run"]
+
+_SLEEP_CYCLES = 1_600_000  # the host enqueues a whole operation meanwhile
+_POISON = 0xFF  # NaN in every payload dtype
+
+
+def run(arguments: argparse.Namespace, shapes: list[Any]) -> int:
+    """All shapes and numbers of multiprocessors; collective."""
+    boot = connect(None)
+    device = torch.device("cuda", boot.rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    for shape in shapes:
+        for num_sms in arguments.num_sms:
+            bench = CudaBench(boot, device, shape, num_sms, arguments)
+            bench.run()
+            bench.print_table()
+    return 0
+
+
+class CudaBench:
+    """One shape and one number of multiprocessors."""
+
+    def __init__(self, boot: Bootstrap, device: Any, shape: Any, num_sms: int, arguments: argparse.Namespace) -> None:
+        self.boot, self.device, self.shape, self.arguments = boot, device, shape, arguments
+        self.num_sms, self.num_local_sms = num_sms, max(num_sms, arguments.num_local_sms or 0)
+        self.rows = RoutedRows(boot, device, shape, arguments.workload, arguments.routings, arguments.seed)
+        self.config = RuntimeConfig(
+            hidden=shape.hidden,
+            num_experts=shape.num_experts,
+            num_topk=shape.num_topk,
+            max_tokens=shape.num_tokens,
+            num_sms=num_sms,
+            num_local_sms=self.num_local_sms,
+            timeout_s=20.0,
+        )
+        self.lines: list[dict[str, Any]] = []
+        self._limit_us = float("nan")
+
+    def run(self) -> None:
+        with Runtime(self.boot, self.config, device=self.device) as runtime:
+            self.runtime: Runtime = runtime
+            self.executor: Any = runtime._executor
+            self._measure_limit()
+            for layout, fp8 in (("grouped", None), ("rows", None), ("grouped", "pow2"), ("rows", "pow2")):
+                self._dispatch(layout, fp8)
+            self._combine("grouped", is_weighted=True)
+            self._combine("rows", is_weighted=False)
+            self._host_times()
+            memory = runtime.memory()._asdict()
+            self._report(what="memory", **memory)
+
+    # ---- figures
+
+    def _measure_limit(self) -> None:
+        limit = PushLimit(self.executor, self.rows.own(), self.num_sms)
+        num_rows = int(self._slowest(max(self.rows.num_remote_rows)))
+        for way in limit.ways():
+            prepared = limit.prepare(num_rows, way)
+            times = self._timed(partial(_push, limit, prepared), None)
+            rows = limit.pushed_rows(num_rows)
+            gb_s = rows * self.shape.hidden * 2 / times["us"] / 1e3 if rows else 0.0
+            self._report(what="push_limit", way=way.name, rows=rows, gb_s=round(gb_s, 1), **times)
+            if not times["us"] >= self._limit_us:
+                self._limit_us = times["us"]
+
+    def _dispatch(self, layout: str, fp8: str | None) -> None:
+        rows = self.rows
+
+        def call(which: int) -> Any:
+            return self.runtime.dispatch(rows.own(), rows.choices(which), rows.weights, layout=layout, fp8=fp8)
+
+        times = self._timed(call, lambda which, got: rows.check_dispatched(which, got, layout, fp8, self.config))
+        self._report_rows("dispatch", times, 1 if fp8 else 2, layout=layout, dtype="fp8" if fp8 else "bf16")
+
+    def _combine(self, layout: str, *, is_weighted: bool) -> None:
+        rows = self.rows
+        got = self.runtime.dispatch(rows.own(), rows.choices(0), rows.weights, layout=layout)
+        y, weights = got.x.clone(), got.row_weights if is_weighted else None
+
+        def call(_: int) -> Any:
+            return self.runtime.combine(y, got.handle, weights=weights)
+
+        times = self._timed(call, lambda _, result: rows.check_combined(0, result.x, layout, is_weighted=is_weighted))
+        self._report_rows("combine", times, 2, layout=layout, dtype="bf16", weighted=is_weighted)
+
+    def _host_times(self) -> None:
+        """Host clock: a call until its sizes are known and all is done; calls that nobody waits for, by themselves."""
+        rows, runtime = self.rows, self.runtime
+        capacity = self.rows.most_rows(self.config.expert_alignment)
+        whole, dispatch, combine = [], [], []
+        for iteration in range(self.arguments.warmup + self.arguments.iterations):
+            which = iteration % rows.num_routings
+            self._align()
+            begin = time.perf_counter()
+            got = runtime.dispatch(rows.own(), rows.choices(which), rows.weights)
+            torch.cuda.synchronize()
+            whole.append(self._slowest(time.perf_counter() - begin))
+            del got
+            self._align()
+            begin = time.perf_counter()
+            got = runtime.dispatch(rows.own(), rows.choices(which), rows.weights, capacity=capacity)
+            middle = time.perf_counter()
+            runtime.combine(got.x, got.handle, weights=got.row_weights)
+            end = time.perf_counter()
+            dispatch.append(self._slowest(middle - begin))
+            combine.append(self._slowest(end - middle))
+            del got
+        runtime.check()
+        for name, seconds in (("end to end", whole), ("host dispatch", dispatch), ("host combine", combine)):
+            counted = 1e6 * np.array(seconds[self.arguments.warmup :])
+            self._report(
+                what=name, us=round(float(np.median(counted)), 1), us_p99=round(float(np.quantile(counted, 0.99)), 1)
+            )
+
+    # ---- how
+
+    def _align(self) -> None:
+        torch.cuda.synchronize()
+        self.boot.barrier(60)
+
+    def _timed(self, call: Callable[[int], Any], check: Callable[[int, Any], None] | None) -> dict[str, float]:
+        """Runs `call(which routing)`; the first round warms up and is checked."""
+        times: list[float] = []
+        kernels: dict[str, list[float]] = {}
+        executor, num_routings = self.executor, self.rows.num_routings
+        for iteration in range(num_routings + self.arguments.iterations):
+            which, is_counted = iteration % num_routings, iteration >= num_routings
+            if not is_counted and check is not None:
+                self._poison()
+            self._align()
+            torch.cuda._sleep(_SLEEP_CYCLES)  # type: ignore[no-untyped-call]
+            executor.enqueue_barrier(is_lazy=True)
+            executor.marks = []
+            new_event: Any = torch.cuda.Event
+            start = torch.cuda.current_stream().record_event(new_event(enable_timing=True))
+            result = call(which)
+            end = torch.cuda.current_stream().record_event(new_event(enable_timing=True))
+            torch.cuda.synchronize()
+            marks, executor.marks = executor.marks, None
+            if is_counted:
+                times.append(self._slowest(1000 * start.elapsed_time(end)))
+                for name, begin, finish in marks:
+                    kernels.setdefault(name, []).append(self._slowest(1000 * begin.elapsed_time(finish)))
+            elif check is not None:
+                check(which, result)
+            del result
+        figures = {"us": float(np.median(times)), "us_p99": float(np.quantile(times, 0.99))}
+        figures |= {f"us_{name}": float(np.median(each)) for name, each in kernels.items()}
+        return {name: round(value, 1) for name, value in figures.items()}
+
+    def _poison(self) -> None:
+        """Nothing that an operation should have written looks right if it has not."""
+        slab = self.executor.arena.heap.take_largest()
+        self.executor._view(slab, 0, torch.uint8, (slab.num_bytes,)).fill_(_POISON)
+        self._align()
+
+    def _slowest(self, value: float) -> float:
+        return float(max(json.loads(text) for text in self.boot.allgather(json.dumps(value).encode(), timeout_s=60)))
+
+    def _report_rows(self, what: str, times: dict[str, float], element_bytes: int, **values: Any) -> None:
+        moved = float(np.mean(self.rows.num_remote_rows)) * self.shape.hidden * element_bytes
+        limit_us = self._limit_us * element_bytes / 2
+        self._report(
+            what=what,
+            **values,
+            checked=True,
+            gb_s=round(moved / times["us"] / 1e3, 1),
+            of_push_limit=round(limit_us / times["us"], 3),
+            **times,
+        )
+
+    def _report(self, **values: Any) -> None:
+        if self.boot.rank != 0:
+            return
+        line = {**values, **self.shape._asdict(), "num_ranks": self.boot.size, "workload": self.arguments.workload}
+        line |= {
+            "sms": self.num_sms,
+            "local_sms": self.num_local_sms,
+            "device": torch.cuda.get_device_name(self.device),
+        }
+        self.lines.append(line)
+        print(json.dumps(line), flush=True)
+        if self.arguments.json is not None:
+            with open(self.arguments.json, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def print_table(self) -> None:
+        """Rank 0's lines for people."""
+        if not self.lines:
+            return
+        shape = self.shape
+        local = f" (+ local work on {self.num_local_sms})" if self.num_local_sms != self.num_sms else ""
+        print(
+            f"\n{self.boot.size} GPUs, {shape.num_tokens} tokens x {shape.hidden}, top-{shape.num_topk} of "
+            f"{shape.num_experts}, {self.num_sms} SMs{local}, us"
+        )
+        for line in self.lines:
+            if "us" not in line:
+                continue
+            name = " ".join(str(line[key]) for key in ("what", "way", "layout", "dtype") if key in line)
+            share = f"  {line['gb_s']:7.1f} GB/s" if "gb_s" in line else ""
+            share += f"  {line['of_push_limit']:.2f} of the push limit" if "of_push_limit" in line else ""
+            print(f"  {name:<28} median {line['us']:8.1f}  p99 {line['us_p99']:8.1f}{share}")
+        print(flush=True)
+
+
+def _push(limit: PushLimit, prepared: Any, _: int) -> None:
+    limit.push(prepared)

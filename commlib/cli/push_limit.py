@@ -1,0 +1,67 @@
+"""What NVLink and the multiprocessors give: a plain bulk push of rows to all other ranks, and nothing else."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from commlib.cuda.compile import compile_unit, default_cache
+from commlib.cuda.driver import load_kernels
+from commlib.cuda.launch import MAX_SHARED_BYTES, push_limit_bytes
+from commlib.cuda.params import PushLimitCall
+
+__all__ = ["PushLimit", "Way"]
+
+
+class Way(NamedTuple):
+    """How rows are cut up."""
+
+    name: str
+    warps: int
+    pieces: int
+
+
+class PushLimit:
+    """Pushes into the heaps of an executor's ranks, whose results are lost.
+
+    Args:
+        executor: a CudaEngine; no result of it is in use.
+        rows: [num_rows, hidden] BF16.
+        num_sms: blocks.
+    """
+
+    def __init__(self, executor: Any, rows: Any, num_sms: int) -> None:
+        self._executor, self._rows, self._num_sms = executor, rows, num_sms
+        self._row_bytes = rows.shape[1] * rows.element_size()
+        self._kernel = load_kernels(compile_unit("push_limit", default_cache())[0], {"push_limit": MAX_SHARED_BYTES})
+        self._num_peers = executor.num_ranks - 1
+
+    def ways(self) -> list[Way]:
+        """The faster one counts."""
+        return [Way("7 warps, half rows", 7, 2), Way("14 warps, quarter rows", 14, 4)]
+
+    def pushed_rows(self, num_rows: int) -> int:
+        peers: int = self._num_peers
+        return num_rows // max(1, peers) * peers
+
+    def prepare(self, num_rows: int, way: Way) -> tuple[PushLimitCall, Way]:
+        """As many rows to each peer, `num_rows` in all."""
+        executor, per_peer = self._executor, num_rows // max(1, self._num_peers)
+        call = PushLimitCall(
+            rows=self._rows.data_ptr(),
+            num_peers=self._num_peers,
+            num_rows=per_peer,
+            row_bytes=self._row_bytes,
+            piece_bytes=self._row_bytes // way.pieces,
+        )
+        for place, peer in enumerate(p for p in range(executor.num_ranks) if p != executor.rank):
+            call.landing[place] = executor.arena.heap_base[peer] + executor.rank * per_peer * self._row_bytes
+        return call, way
+
+    def push(self, prepared: tuple[PushLimitCall, Way]) -> None:
+        """Enqueues it on the current stream."""
+        call, way = prepared
+        shared = push_limit_bytes(way.warps, call.piece_bytes)
+        stream = torch.cuda.current_stream().cuda_stream
+        self._kernel["push_limit"].launch(stream, self._num_sms, 32 * way.warps, shared, call)

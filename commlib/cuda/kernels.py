@@ -1,0 +1,113 @@
+"""What the executor's kernels need before the first operation: machine code, device memory, the mesh."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from commlib.config import RuntimeConfig
+from commlib.cuda.compile import compile_unit, default_cache
+from commlib.cuda.driver import Kernel, load_kernels
+from commlib.cuda.launch import MAX_SHARED_BYTES
+from commlib.cuda.memory import Regions
+from commlib.cuda.params import WORKSPACE_BYTES, FaultNote, HostResult, Mesh, Workspace, sizeof
+from commlib.errors import ConfigError
+from commlib.layout import align_up
+
+__all__ = ["EXCHANGE_THREADS", "Buffers", "load_executor_kernels", "make_mesh"]
+
+EXCHANGE_THREADS = 512
+_RESULTS = 2  # of operations whose sizes the host may still want
+_PEER_LOST = 2  # FaultNote::kind
+
+
+def load_executor_kernels(config: RuntimeConfig, num_ranks: int) -> tuple[dict[str, Kernel], int]:
+    """All kernels, and the bytes of shared memory of the exchange.
+
+    Raises:
+        ConfigError: more experts than the exchange can count.
+    """
+    exchange_shared = EXCHANGE_THREADS // 32 * (config.num_experts + num_ranks) * 4
+    if exchange_shared > MAX_SHARED_BYTES:
+        raise ConfigError(f"num_experts={config.num_experts} needs more shared memory than a block has")
+    wanted = {
+        "exchange": {"exchange": exchange_shared},
+        "dispatch": {"dispatch": MAX_SHARED_BYTES},
+        "combine": {"combine_bf16": MAX_SHARED_BYTES, "combine_f32": MAX_SHARED_BYTES},
+    }
+    kernels: dict[str, Kernel] = {}
+    for unit, names in wanted.items():
+        cubin, _ = compile_unit(unit, default_cache())
+        kernels.update(load_kernels(cubin, names))
+    return kernels, exchange_shared
+
+
+class Buffers:
+    """Memory of one Runtime that no peer sees."""
+
+    def __init__(self, config: RuntimeConfig, num_ranks: int, num_blocks: int, device: Any) -> None:
+        columns = config.num_experts + num_ranks
+        self.workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+        first = Workspace.input_error.offset
+        self.workspace[first : first + 8] = 255  # none
+        self.slots = torch.empty(config.max_tokens * config.num_topk * 2, dtype=torch.int32, device=device)
+        self.block_base = torch.empty(num_blocks * columns, dtype=torch.int32, device=device)
+        self.tail_words = num_ranks**2 + config.num_experts // num_ranks + config.num_experts
+        self._result_bytes = align_up(sizeof(HostResult) + 4 * self.tail_words, 64)
+        self.scratch_result = torch.zeros(self._result_bytes, dtype=torch.uint8, device=device)
+        board_bytes = align_up(sizeof(FaultNote), 64)
+        self._pinned = torch.zeros(
+            board_bytes + (_RESULTS + 1) * self._result_bytes, dtype=torch.uint8, pin_memory=True
+        )
+        self.board_address = self._pinned.data_ptr()
+        self._first_result = self.board_address + board_bytes
+        self.refused_address = self._first_result + _RESULTS * self._result_bytes
+        self.board = FaultNote.from_address(self.board_address)
+        self.refused = HostResult.from_address(self.refused_address)
+        self._fault = torch.zeros(sizeof(FaultNote) + 8, dtype=torch.uint8, pin_memory=True)
+        torch.cuda.current_stream().synchronize()
+
+    def result_address(self, ticket: int) -> int:
+        """Where an operation tells the host what came of it."""
+        return self._first_result + ticket % _RESULTS * self._result_bytes
+
+    def overflowed(self) -> Any:
+        """The sticky flag as an int32 tensor [1] on the device."""
+        first = Workspace.overflowed.offset
+        return self.workspace[first : first + 4].view(torch.int32)
+
+    def raise_fault(self, control: int, regions: Regions, rank: int, peer: int) -> None:
+        """Ends the waits of this rank's kernels: `peer` is lost."""
+        import cupy
+
+        note = FaultNote.from_address(self._fault.data_ptr())
+        note.kind, note.rank, note.peer = _PEER_LOST, rank, peer
+        self._fault[sizeof(FaultNote) :].view(torch.int64)[0] = rank + 1
+        stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        to_device = cupy.cuda.runtime.memcpyHostToDevice
+        target = control + regions.offsets["fault_note"] + rank * sizeof(FaultNote)
+        source = self._fault.data_ptr()
+        for to, start, size in (
+            (target, source, sizeof(FaultNote)),
+            (control + regions.offsets["fault_word"], source + sizeof(FaultNote), 8),
+        ):
+            cupy.cuda.runtime.memcpyAsync(to, start, size, to_device, stream.cuda_stream)
+        stream.synchronize()
+
+
+def make_mesh(config: RuntimeConfig, rank: int, num_ranks: int, regions: Regions, buffers: Buffers) -> Mesh:
+    """All but the addresses of the ranks' segments."""
+    return Mesh(
+        rank=rank,
+        num_ranks=num_ranks,
+        num_experts=config.num_experts,
+        num_topk=config.num_topk,
+        max_tokens=config.max_tokens,
+        experts_per_rank=config.num_experts // num_ranks,
+        timeout_ns=int(config.timeout_s * 1e9),
+        exchange_row_bytes=regions.exchange_row_bytes,
+        board=buffers.board_address,
+        workspace=buffers.workspace.data_ptr(),
+        **regions.offsets,
+    )

@@ -1,0 +1,176 @@
+// Dispatch, the sender: own rows out, once to each rank that wants them.
+#pragma once
+
+#include "cuda/bulk.cuh"
+#include "cuda/cast.cuh"
+#include "layout/record.hpp"
+
+namespace commlib::cuda {
+
+constexpr int kStages = 4;
+constexpr int kExpandBatch = 4;  // records whose loads are under way together
+constexpr uint32_t kNoRecord = ~0u;
+
+using Pipe = RowPipe<kStages, 32>;
+using Tellers = Announcer<32, 2, 2>;
+
+struct WarpMemory {
+  Pipe pipe;
+  Tellers announcer;
+  uint64_t* scale_targets;  // [stage][lane], casts only
+  float* scales;            // [scales of a piece], casts only
+};
+
+// Shared memory: the same for every warp. commlib/cuda/launch.py computes the total.
+__device__ inline WarpMemory carve(const DispatchCall& call, uint8_t* memory) {
+  constexpr uint32_t kTargets = kStages * 32 * 8;
+  const uint32_t pipe_bytes =
+      kStages * call.piece_bytes + uint32_t(align_up(Pipe::kTableBytes, 16));
+  const uint32_t cast_bytes =
+      call.cast == kNoCast ? 0 : kTargets + uint32_t(align_up(call.piece_bytes / 64, 16));
+  const uint32_t warp_bytes =
+      uint32_t(align_up(pipe_bytes + Tellers::kBytes + cast_bytes, Pipe::kAlignment));
+  uint32_t given;
+  asm("mov.u32 %0, %dynamic_smem_size;" : "=r"(given));
+  if (blockDim.x / 32 * warp_bytes > given) __trap();
+  uint8_t* mine = memory + uint32_t(warp_id()) * warp_bytes;
+  WarpMemory own;
+  own.pipe.init(mine, call.piece_bytes);
+  own.announcer.init(mine + pipe_bytes);
+  own.scale_targets = reinterpret_cast<uint64_t*>(mine + pipe_bytes + Tellers::kBytes);
+  own.scales = reinterpret_cast<float*>(mine + pipe_bytes + Tellers::kBytes + kTargets);
+  return own;
+}
+
+__device__ inline Route make_route(const Mesh& mesh, const DispatchCall& call, uint32_t token) {
+  Route route{-1, -1, -1, -1};
+  const int lane = lane_id();
+  if (lane >= mesh.num_topk || token >= call.num_tokens) return route;
+  const uint64_t index = uint64_t(token) * mesh.num_topk + lane;
+  if (call.topk_idx == nullptr) return call.routes[index];
+  const int64_t expert = call.topk_idx[index];
+  if (expert >= 0) {
+    const uint2 slot = call.slots[index];
+    const uint32_t* base =
+        call.block_base + token / call.tokens_per_block * (mesh.num_experts + mesh.num_ranks);
+    route.expert = int(expert);
+    route.rank = route.expert / mesh.experts_per_rank;
+    route.record = int(base[mesh.num_experts + route.rank] + slot.y);
+    route.row = call.layout == kRows
+                    ? int(mesh.workspace->plan.peer[route.rank].record_base) + route.record
+                    : int(base[expert] + slot.x);
+  }
+  call.routes[index] = route;
+  return route;
+}
+
+// The record goes to each rank once, from lanes in parallel: header, then 3 words per slot.
+__device__ inline void write_records(const Mesh& mesh, const DispatchCall& call, uint32_t token,
+                                     const Route& route, uint32_t first_lanes) {
+  const int lane = lane_id(), num_topk = mesh.num_topk;
+  const Plan& plan = mesh.workspace->plan;
+  float weight = 0.0f;
+  if (route.rank >= 0)
+    weight =
+        call.topk_weights == nullptr ? 1.0f : call.topk_weights[uint64_t(token) * num_topk + lane];
+  const uint32_t bytes = uint32_t(record_bytes(num_topk));
+  const uint32_t header[4] = {uint32_t(mesh.rank), token, uint32_t(num_topk), plan.epoch};
+  for (uint32_t first = 0; first < bytes / 4; first += 32) {
+    const uint32_t word = first + uint32_t(lane);
+    const uint32_t entry = word < 4 ? 0 : (word - 4) / 3, field = word < 4 ? 0 : (word - 4) % 3;
+    const int from = int(entry) & 31;
+    const int32_t expert = __shfl_sync(0xffffffffu, route.expert, from);
+    const int32_t row = __shfl_sync(0xffffffffu, route.row, from);
+    const float value = __shfl_sync(0xffffffffu, weight, from);
+    uint32_t data = field == 0   ? uint32_t(expert)
+                    : field == 1 ? uint32_t(row)
+                                 : __float_as_uint(value);
+    if (word < 4)
+      data = word == 0 ? header[0] : word == 1 ? header[1] : word == 2 ? header[2] : header[3];
+    for (uint32_t lanes = first_lanes; lanes != 0; lanes &= lanes - 1) {
+      const int to = __ffs(int(lanes)) - 1;
+      const int rank = __shfl_sync(0xffffffffu, route.rank, to);
+      const int record = __shfl_sync(0xffffffffu, route.record, to);
+      uint8_t* at_peer = plan.peer[rank].records + uint64_t(record) * bytes;
+      if (word < bytes / 4) reinterpret_cast<uint32_t*>(at_peer)[word] = data;
+    }
+  }
+}
+
+// Casts a loaded piece and sends its scales; without a cast it leaves everything as it is.
+struct Caster {
+  const DispatchCall& call;
+  const WarpMemory& own;
+
+  __device__ uint32_t operator()(uint8_t* piece, uint32_t bytes, int stage) const {
+    if (call.cast == kNoCast) return bytes;
+    const uint32_t cast_bytes = cast_piece(piece, bytes, call.dtype, call.cast, own.scales);
+    const uint32_t count = cast_bytes / uint32_t(kScaleBlock);
+    const uint64_t mine = own.scale_targets[stage * 32 + lane_id()];
+    for (uint32_t lanes = __ballot_sync(0xffffffffu, mine != 0); lanes != 0; lanes &= lanes - 1) {
+      float* to = reinterpret_cast<float*>(__shfl_sync(0xffffffffu, mine, __ffs(int(lanes)) - 1));
+      for (uint32_t i = lane_id(); i < count; i += 32) to[i] = own.scales[i];
+    }
+    fence_async_shared();  // the cast columns before the bulk store that reads them
+    __syncwarp();
+    return cast_bytes;
+  }
+};
+
+// Role: each own row to each destination rank once, on the own rank to all its slots.
+__device__ inline void push(const Mesh& mesh, const DispatchCall& call, WarpMemory& own) {
+  const int lane = lane_id();
+  const Plan& plan = mesh.workspace->plan;
+  const uint32_t pieces = (call.in_row_bytes + call.piece_bytes - 1) / call.piece_bytes;
+  const Caster caster{call, own};
+  const uint32_t shrink = call.in_row_bytes / call.row_bytes;
+  Tickets tickets(&mesh.workspace->next_push);
+  uint32_t next_token = tickets.take();
+  Route next_route = make_route(mesh, call, next_token);
+  while (next_token < call.num_tokens) {
+    const uint32_t token = next_token;
+    const Route route = next_route;
+    next_token = tickets.take();
+    next_route = make_route(mesh, call, next_token);
+    const uint32_t same = __match_any_sync(0xffffffffu, route.rank >= 0 ? route.rank : -1 - lane);
+    const bool is_first = route.rank >= 0 && __ffs(int(same)) - 1 == lane;
+    const uint32_t first_lanes = __ballot_sync(0xffffffffu, is_first);
+    if (first_lanes == 0) continue;
+    if (call.topk_idx != nullptr) write_records(mesh, call, token, route, first_lanes);
+
+    const bool is_own_slot = route.rank == mesh.rank && call.layout == kGrouped;
+    const bool is_target = is_first || is_own_slot;
+    uint64_t target = 0, scale_target = 0;
+    if (is_target) {
+      const PeerPlan& peer = plan.peer[route.rank];
+      target = reinterpret_cast<uint64_t>(peer.rows + uint64_t(route.row) * call.row_bytes);
+      scale_target =
+          reinterpret_cast<uint64_t>(peer.scales + uint64_t(route.row) * call.num_scales);
+    }
+    if (call.scales != nullptr) {
+      const float* scales = call.scales + uint64_t(token) * call.num_scales;
+      for (uint32_t lanes = __ballot_sync(0xffffffffu, is_target); lanes != 0; lanes &= lanes - 1) {
+        float* to =
+            reinterpret_cast<float*>(__shfl_sync(0xffffffffu, scale_target, __ffs(int(lanes)) - 1));
+        for (uint32_t i = lane; i < call.num_scales; i += 32) to[i] = scales[i];
+      }
+    }
+    const uint8_t* row = call.x + uint64_t(token) * call.in_row_bytes;
+    for (uint32_t p = 0; p < pieces; ++p) {
+      const uint32_t begin = p * call.piece_bytes;
+      const uint32_t bytes = min(call.piece_bytes, call.in_row_bytes - begin);
+      own.pipe.make_room(caster);
+      if (call.cast != kNoCast)
+        own.scale_targets[own.pipe.loaded % kStages * 32 + lane] =
+            is_target ? scale_target + begin / shrink / kScaleBlock * 4 : 0;
+      own.pipe.put(row + begin, bytes, is_target ? target + begin / shrink : 0);
+    }
+    own.announcer.add(is_first ? Tellers::place(route.rank, route.record) : Tellers::kNobody,
+                      own.pipe.loaded);
+    own.announcer.tell(mesh, mesh.dispatch_arrived, plan.epoch, own.pipe);
+  }
+  own.pipe.drain(caster);
+  own.announcer.tell_all(mesh, mesh.dispatch_arrived, plan.epoch);
+}
+
+}  // namespace commlib::cuda

@@ -176,7 +176,7 @@ class CudaBench:
     def _poison(self) -> None:
         """Nothing that an operation should have written looks right if it has not."""
         slab = self.executor.arena.heap.take_largest()
-        self.executor._view(slab, 0, torch.uint8, (slab.num_bytes,)).fill_(_POISON)
+        self.executor._bytes_of(slab, slab.num_bytes).fill_(_POISON)
         self._align()
 
     def _slowest(self, value: float) -> float:

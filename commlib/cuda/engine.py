@@ -1,13 +1,12 @@
 """Dispatch and combine on the GPUs of one node.
 
-An operation is two kernels: `exchange`, which settles on every rank where everything goes, and the data kernel, which
-reads that plan from device memory. The host only waits if the caller wants to know sizes.
+An operation is one kernel: its head settles on every rank where everything goes, its body moves the rows. The host only
+waits if the caller wants to know sizes.
 """
 
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from commlib.cuda.calls import (
     check_tensor,
 )
 from commlib.cuda.landing import dispatch_landing
-from commlib.cuda.launch import plan_combine, plan_dispatch
+from commlib.cuda.launch import Launch, plan_combine, plan_dispatch, settle_bytes
 from commlib.cuda.memory import ALIGNMENT, Slab
 from commlib.cuda.operations import ArenaBytes, CudaHandle, KernelCall, PendingOp
 from commlib.cuda.params import CallWords, ExchangeCall, Landing, Tables
@@ -73,7 +72,12 @@ class CudaEngine(OpQueue):
         assert native is not None and slab is not None
         num_rows, hidden, num_topk = native.num_rows, self.config.hidden, self.config.num_topk
         self._slabs[slab.address] = slab
-        view = partial(self._view, slab)
+        # One tensor holds the slab, the results are views of it.
+        whole = self._bytes_of(slab, int(landing.output_bytes))
+
+        def view(offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Any:
+            return whole[offset : offset + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+
         x = view(landing.rows, getattr(torch, pending.dtype), (num_rows, hidden))
         scales = row_weights = topk_idx = topk_weights = None
         if pending.dtype == "float8_e4m3fn":
@@ -137,6 +141,7 @@ class CudaEngine(OpQueue):
             scales_bytes=4 * params.num_scales,
             num_tokens=params.num_tokens,
             tokens_per_block=params.tokens_per_block,
+            count_blocks=self.num_sms if handle is None else 0,
             call=CallWords(
                 kind=KINDS[kind],
                 dtype=code,
@@ -150,7 +155,7 @@ class CudaEngine(OpQueue):
         launch = plan_dispatch(params.in_row_bytes, self._tuning, cast_element_bytes=ELEMENT_BYTES[code] if fp8 else 0)
         params.piece_bytes = launch.piece_bytes
         pending = PendingOp(kind, self._id, exchange, handle=native, public_handle=handle, is_lazy=capacity != 0)
-        pending.data = KernelCall("dispatch", self.num_local_sms, 32 * launch.warps, launch.shared_bytes, params)
+        pending.data = self._kernel_call("dispatch", launch, params, exchange)
         pending.inputs = (x, scales, topk_idx, topk_weights)
         pending.dtype = DTYPES[code] if fp8 is None else "float8_e4m3fn"
         if handle is None and not capacity:
@@ -211,6 +216,10 @@ class CudaEngine(OpQueue):
             dtype=code,
             capacity=native.capacity,
         )
+
+    def _kernel_call(self, name: str, launch: Launch, params: Any, exchange: ExchangeCall) -> KernelCall:
+        head = settle_bytes(self.config.num_experts, self.num_ranks, exchange.count_blocks, launch.warps)
+        return KernelCall(name, self.num_local_sms, 32 * launch.warps, max(launch.shared_bytes, head), params)
 
     def _landing_of(self, pending: PendingOp) -> Landing:
         native, exchange = pending.handle, pending.exchange
@@ -319,7 +328,7 @@ class CudaEngine(OpQueue):
         exchange = ExchangeCall(tables=native.tables, slot_bytes=slot_bytes, call=words)
         pending = PendingOp("combine", self._id, exchange, is_lazy=native.capacity != 0)
         name = "combine_bf16" if code == 1 else "combine_f32"
-        pending.data = KernelCall(name, self.num_local_sms, 32 * launch.warps, launch.shared_bytes, params)
+        pending.data = self._kernel_call(name, launch, params, exchange)
         pending.grant_bytes = self._combine_landing_bytes(native, slot_bytes)
         pending.inputs, pending.out, pending.out_weight_grads = (y, weights, weight_grads, call.handle), out, out_grads
         return pending
@@ -346,12 +355,10 @@ class CudaEngine(OpQueue):
         """int32 [1] on the device, not 0 once a dispatch has overflowed its capacity."""
         return self._buffers.overflowed()
 
-    def _view(self, slab: Slab, offset: int, dtype: Any, shape: tuple[int, ...]) -> Any:
-        count = math.prod(shape)
-        if count == 0:
-            return torch.empty(shape, dtype=dtype, device=self.device)
-        memory = ArenaBytes(slab.address + offset, count * dtype.itemsize, slab)
-        return torch.as_tensor(memory, device=self.device).view(dtype).view(shape)
+    def _bytes_of(self, slab: Slab, num_bytes: int) -> Any:
+        if num_bytes == 0:
+            return torch.empty(0, dtype=torch.uint8, device=self.device)
+        return torch.as_tensor(ArenaBytes(slab.address, num_bytes, slab), device=self.device)
 
 
 def _address(tensor: Any) -> int:

@@ -12,7 +12,6 @@ from commlib.cuda.driver import Kernel, load_kernels
 from commlib.cuda.launch import MAX_SHARED_BYTES
 from commlib.cuda.memory import Regions
 from commlib.cuda.params import WORKSPACE_BYTES, FaultNote, HostResult, Mesh, Workspace, sizeof
-from commlib.errors import ConfigError
 from commlib.layout import align_up
 
 __all__ = ["EXCHANGE_THREADS", "Buffers", "load_executor_kernels", "make_mesh"]
@@ -22,17 +21,10 @@ _RESULTS = 2  # of operations whose sizes the host may still want
 _PEER_LOST = 2  # FaultNote::kind
 
 
-def load_executor_kernels(config: RuntimeConfig, num_ranks: int) -> tuple[dict[str, Kernel], int]:
-    """All kernels, and the bytes of shared memory of the exchange.
-
-    Raises:
-        ConfigError: more experts than the exchange can count.
-    """
-    exchange_shared = EXCHANGE_THREADS // 32 * (config.num_experts + num_ranks) * 4
-    if exchange_shared > MAX_SHARED_BYTES:
-        raise ConfigError(f"num_experts={config.num_experts} needs more shared memory than a block has")
+def load_executor_kernels() -> dict[str, Kernel]:
+    """All kernels, loaded: later the driver would wait for running kernels, which may wait for this one on a peer."""
     wanted = {
-        "exchange": {"exchange": exchange_shared},
+        "exchange": {"exchange": MAX_SHARED_BYTES},
         "dispatch": {"dispatch": MAX_SHARED_BYTES},
         "combine": {"combine_bf16": MAX_SHARED_BYTES, "combine_f32": MAX_SHARED_BYTES},
     }
@@ -40,7 +32,7 @@ def load_executor_kernels(config: RuntimeConfig, num_ranks: int) -> tuple[dict[s
     for unit, names in wanted.items():
         cubin, _ = compile_unit(unit, default_cache())
         kernels.update(load_kernels(cubin, names))
-    return kernels, exchange_shared
+    return kernels
 
 
 class Buffers:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
+from commlib.cuda.params import ExchangeHeader, sizeof
 from commlib.errors import ConfigError
 from commlib.layout import SCALE_BLOCK, align_up
 
-__all__ = ["MAX_SHARED_BYTES", "Launch", "Tuning", "plan_combine", "plan_dispatch", "push_limit_bytes"]
+__all__ = ["MAX_SHARED_BYTES", "Launch", "Tuning", "plan_combine", "plan_dispatch", "push_limit_bytes", "settle_bytes"]
 
-MAX_SHARED_BYTES = 227 * 1024  # of one block on compute capability 9.0
+MAX_SHARED_BYTES = 226 * 1024  # dynamic, of one block on compute capability 9.0; 1 KiB is left for static variables
 STAGES = 4  # kStages in native/cuda
 _WARP_ALIGNMENT = 128  # RowPipe::kAlignment
 _MAX_COMBINE_PIECE = 7 * 512  # kVectors in native/cuda/combine.cu: what a warp sums in registers
@@ -95,6 +96,24 @@ def plan_combine(row_bytes: int, tuning: Tuning) -> Launch:
         if shared_bytes <= MAX_SHARED_BYTES:
             return Launch(warps=tuning.combine_warps, piece_bytes=piece, shared_bytes=shared_bytes)
     raise ConfigError(f"{tuning} leaves no shared memory for rows of {row_bytes} bytes")
+
+
+def settle_bytes(num_experts: int, num_ranks: int, count_blocks: int, warps: int) -> int:
+    """Dynamic shared memory for the head of an operation: what a block counts in, and Ledger in native/cuda/agree.cuh.
+
+    Raises:
+        ConfigError: more than a block has.
+    """
+    columns = num_experts + num_ranks
+    ledger = num_ranks * (sizeof(ExchangeHeader) // 4) + (count_blocks + num_ranks) * columns
+    ledger += num_experts + num_ranks**2 + num_ranks
+    total = 4 * max(warps * columns if count_blocks else 0, ledger)
+    if total > MAX_SHARED_BYTES:
+        raise ConfigError(
+            f"num_experts={num_experts} over num_ranks={num_ranks}, counted by {count_blocks} blocks, needs {total} "
+            f"bytes of shared memory, a block has {MAX_SHARED_BYTES}"
+        )
+    return total
 
 
 def push_limit_bytes(warps: int, piece_bytes: int) -> int:

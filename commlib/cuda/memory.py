@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import weakref
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -83,7 +82,9 @@ class Slab:
         self.num_bytes = num_bytes
         self._heap = heap
         self._streams: list[Any] = []
-        self._watch()
+
+    def __del__(self) -> None:
+        self._heap._give_back(self.offset, self.num_bytes, self._streams)
 
     @property
     def address(self) -> int:
@@ -98,15 +99,9 @@ class Slab:
         num_bytes = align_up(num_bytes, ALIGNMENT)
         assert num_bytes <= self.num_bytes, (num_bytes, self.num_bytes)
         front = Slab(self._heap, self.offset, num_bytes)
-        self._finalizer.detach()
         self.offset += num_bytes
         self.num_bytes -= num_bytes
-        self._watch()
         return front
-
-    def _watch(self) -> None:
-        self._finalizer = weakref.finalize(self, self._heap._give_back, self.offset, self.num_bytes, self._streams)
-        self._finalizer.atexit = False
 
 
 class Heap:

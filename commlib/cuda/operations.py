@@ -46,7 +46,7 @@ class CudaHandle:
 
 @dataclass
 class KernelCall:
-    """One launch of a data kernel."""
+    """One launch of a kernel that moves rows."""
 
     name: str
     blocks: int
@@ -60,8 +60,8 @@ class PendingOp:
     """An operation under way. Holds the caller's tensors until the current stream waits for it.
 
     Attributes:
-        exchange: its first kernel.
-        data: its second kernel, if it has one.
+        exchange: what all ranks must agree on.
+        data: the kernel that moves rows, if any.
         grant_bytes: room in the own heap that it needs; None = all there is, the size becomes known on the way.
         is_lazy: nobody waits for its verdict; a refusal is raised by a later call.
     """

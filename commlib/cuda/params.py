@@ -120,6 +120,7 @@ class Workspace(ctypes.Structure):
                 "reserved",
             )
         ),
+        ("settled", c_uint64),
     ]
 
 
@@ -157,7 +158,7 @@ class ExchangeCall(ctypes.Structure):
             (name, c_uint64)
             for name in ("grant_offset", "grant_bytes", "row_bytes", "scales_bytes", "slot_bytes", "ticket")
         ),
-        *((name, c_uint32) for name in ("num_tokens", "tokens_per_block", "status", "reserved")),
+        *((name, c_uint32) for name in ("num_tokens", "tokens_per_block", "count_blocks", "status")),
         ("call", CallWords),
         ("text", ctypes.c_char * TEXT_BYTES),
     ]

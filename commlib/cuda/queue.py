@@ -15,7 +15,7 @@ from commlib.cuda.calls import KINDS, fault_error, peer_lost_error, refusal
 from commlib.cuda.host_page import HostPage
 from commlib.cuda.kernels import EXCHANGE_THREADS, Buffers, load_executor_kernels, make_mesh
 from commlib.cuda.landing import dispatch_landing
-from commlib.cuda.launch import Tuning
+from commlib.cuda.launch import Tuning, settle_bytes
 from commlib.cuda.memory import Arena, Regions, Segment, Slab, default_heap_bytes
 from commlib.cuda.operations import PendingOp
 from commlib.cuda.params import MAX_RANKS, MAX_TOPK, TEXT_BYTES, CallWords, ExchangeCall, HostResult, sizeof
@@ -64,7 +64,8 @@ class OpQueue:
             self._page = HostPage(boot, connect_timeout_s)
             regions = Regions(config, boot.size)
             heap_bytes = config.arena_bytes or default_heap_bytes(config, boot.size)
-            self._kernels, self._exchange_shared = load_executor_kernels(config, boot.size)
+            self._kernels = load_executor_kernels()
+            self._settle_bytes = settle_bytes(config.num_experts, boot.size, 0, EXCHANGE_THREADS // 32)
             self.arena = Arena(boot, self._page, regions, heap_bytes, connect_timeout_s)
             self._stream: Any = torch.cuda.Stream(priority=-1)  # type: ignore[no-untyped-call]
             self._buffers = Buffers(config, boot.size, max(self.num_sms, self.num_local_sms), self.device)
@@ -102,7 +103,7 @@ class OpQueue:
         while self.arena.heap.release_events and not is_capturing:
             stream.wait_event(self.arena.heap.release_events.popleft())
         pending.stream = stream
-        self._launch_both(pending)
+        self._launch_op(pending)
         if is_capturing:
             if pending.grant is not None:
                 self._captured.append(pending.grant)
@@ -116,7 +117,7 @@ class OpQueue:
             self._not_received.append(pending)
         return pending
 
-    def _launch_both(self, pending: PendingOp) -> None:
+    def _launch_op(self, pending: PendingOp) -> None:
         exchange = pending.exchange
         self._ticket += 1
         pending.ticket = exchange.ticket = self._ticket
@@ -133,22 +134,21 @@ class OpQueue:
             exchange.result, exchange.refused = buffers.scratch_result.data_ptr(), buffers.refused_address
         else:
             exchange.result = buffers.result_address(self._ticket)
-        per_block = exchange.tokens_per_block
-        blocks = -(-exchange.num_tokens // per_block) if per_block and exchange.num_tokens else 1
-        self._launch(pending.stream, "exchange", blocks, EXCHANGE_THREADS, self._exchange_shared, exchange)
-        if pending.data is not None:
-            data = pending.data
-            self._launch(pending.stream, data.name, data.blocks, data.threads, data.shared_bytes, data.call)
+        data = pending.data
+        if data is None:
+            self._launch(pending.stream, "exchange", 1, EXCHANGE_THREADS, self._settle_bytes, exchange)
+        else:
+            self._launch(pending.stream, data.name, data.blocks, data.threads, data.shared_bytes, exchange, data.call)
 
     def _launch(
-        self, stream: Any, name: str, blocks: int, threads: int, shared_bytes: int, call: ctypes.Structure
+        self, stream: Any, name: str, blocks: int, threads: int, shared_bytes: int, *calls: ctypes.Structure
     ) -> None:
         if self.marks is None:
-            self._kernels[name].launch(stream.cuda_stream, blocks, threads, shared_bytes, self._mesh, call)
+            self._kernels[name].launch(stream.cuda_stream, blocks, threads, shared_bytes, self._mesh, *calls)
             return
         new_event: Any = torch.cuda.Event
         start = stream.record_event(new_event(enable_timing=True))
-        self._kernels[name].launch(stream.cuda_stream, blocks, threads, shared_bytes, self._mesh, call)
+        self._kernels[name].launch(stream.cuda_stream, blocks, threads, shared_bytes, self._mesh, *calls)
         self.marks.append((name, start, stream.record_event(new_event(enable_timing=True))))
 
     def _check_capturable(self, pending: PendingOp) -> None:
@@ -173,7 +173,7 @@ class OpQueue:
         if result.verdict == _NO_ROOM:
             self._grow(result)
             pending.stream.wait_event(self._last_event)
-            self._launch_both(pending)
+            self._launch_op(pending)
             self._last_event.record(pending.stream)
             if pending.is_split:
                 pending.done = pending.stream.record_event()
@@ -247,7 +247,7 @@ class OpQueue:
             exchange.text = str(error).encode("ascii", "backslashreplace")[: TEXT_BYTES - 1]
         pending = PendingOp("grow", self._id, exchange, stream=self._stream)
         self._stream.wait_event(self._last_event)
-        self._launch_both(pending)
+        self._launch_op(pending)
         self._last_event.record(self._stream)
         self._last_stream = self._stream
         answer, _ = self._wait_result(pending)

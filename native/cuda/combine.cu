@@ -2,14 +2,17 @@
 // final_reduce (one sum per own token). Reduce waits for nobody, so every final_reduce is served.
 #include "cuda/final_reduce.cuh"
 #include "cuda/reduce.cuh"
+#include "cuda/settle.cuh"
 
 namespace commlib::cuda {
 namespace {
 
 template <typename T>
-__device__ void combine(const Mesh& mesh, const CombineCall& call) {
+__device__ void combine(const Mesh& mesh, const ExchangeCall& exchange, const CombineCall& call) {
   extern __shared__ __align__(128) uint8_t memory[];
-  if (mesh.workspace->plan.go == 0) return fill_nan<T>(mesh, call);
+  if (!settle(mesh, exchange, reinterpret_cast<uint32_t*>(memory))) return fill_nan<T>(mesh, call);
+  fence_async_shared();  // what settle() left in shared memory, before bulk copies overwrite it
+  __syncthreads();
   WarpMemory own = carve(call, memory);
   if (uint32_t(warp_id()) >= call.final_warps) {
     if (call.weights != nullptr)
@@ -23,13 +26,15 @@ __device__ void combine(const Mesh& mesh, const CombineCall& call) {
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(480, 1)
-    combine_bf16(const __grid_constant__ Mesh mesh, const __grid_constant__ CombineCall call) {
-  combine<uint16_t>(mesh, call);
+    combine_bf16(const __grid_constant__ Mesh mesh, const __grid_constant__ ExchangeCall exchange,
+                 const __grid_constant__ CombineCall call) {
+  combine<uint16_t>(mesh, exchange, call);
 }
 
 extern "C" __global__ void __launch_bounds__(480, 1)
-    combine_f32(const __grid_constant__ Mesh mesh, const __grid_constant__ CombineCall call) {
-  combine<float>(mesh, call);
+    combine_f32(const __grid_constant__ Mesh mesh, const __grid_constant__ ExchangeCall exchange,
+                const __grid_constant__ CombineCall call) {
+  combine<float>(mesh, exchange, call);
 }
 
 }  // namespace commlib::cuda

@@ -113,25 +113,4 @@ __device__ inline void count_tokens(const Mesh& mesh, const ExchangeCall& call, 
   }
 }
 
-// Calls `use(block, sum of `sum` and the counts of the blocks below)` for one column. Loads of
-// several blocks are under way together.
-template <typename Use>
-__device__ uint32_t sum_blocks(const Mesh& mesh, const ExchangeCall& call, int column, uint32_t sum,
-                               Use use) {
-  constexpr uint32_t kTogether = 8;
-  const int columns = mesh.num_experts + mesh.num_ranks;
-  for (uint32_t first = 0; first < gridDim.x; first += kTogether) {
-    uint32_t counts[kTogether];
-#pragma unroll
-    for (uint32_t i = 0; i < kTogether; ++i)
-      counts[i] = first + i < gridDim.x ? call.block_base[(first + i) * columns + column] : 0;
-#pragma unroll
-    for (uint32_t i = 0; i < kTogether; ++i) {
-      if (first + i < gridDim.x) use(first + i, sum);
-      sum += counts[i];
-    }
-  }
-  return sum;
-}
-
 }  // namespace commlib::cuda

@@ -1,13 +1,17 @@
 // Carries every token to the ranks of its experts: push (own rows out), zero_padding and expand
 // (rows that came, to their other slots). Push waits for nobody, so every expand is served.
 #include "cuda/expand.cuh"
+#include "cuda/settle.cuh"
 
 namespace commlib::cuda {
 
 extern "C" __global__ void __launch_bounds__(512, 1)
-    dispatch(const __grid_constant__ Mesh mesh, const __grid_constant__ DispatchCall call) {
+    dispatch(const __grid_constant__ Mesh mesh, const __grid_constant__ ExchangeCall exchange,
+             const __grid_constant__ DispatchCall call) {
   extern __shared__ __align__(128) uint8_t memory[];
-  if (mesh.workspace->plan.go == 0) return;
+  if (!settle(mesh, exchange, reinterpret_cast<uint32_t*>(memory))) return;
+  fence_async_shared();  // what settle() left in shared memory, before bulk copies overwrite it
+  __syncthreads();
   WarpMemory own = carve(call, memory);
   // Blocks that push do some of each role: what binds is how much one multiprocessor can store.
   const uint32_t warp = uint32_t(warp_id()), warps = blockDim.x / 32;

@@ -136,6 +136,7 @@ struct Workspace {
   uint32_t is_faulty;
   uint32_t overflowed;  // some dispatch overflowed; stays until the host clears it
   uint32_t reserved;
+  uint64_t settled;  // epoch of the newest operation whose plan is made
   Plan plan;
 };
 
@@ -171,8 +172,8 @@ struct ExchangeCall {
   uint64_t ticket;                   // not 0; the host's number: epochs go on when graphs replay
   uint32_t num_tokens;
   uint32_t tokens_per_block;
+  uint32_t count_blocks;  // that count tokens
   uint32_t status;
-  uint32_t reserved;
   CallWords call;
   uint32_t text[kTextWords];
 };

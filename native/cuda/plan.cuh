@@ -17,23 +17,21 @@ __device__ inline uint32_t warp_inclusive_sum(uint32_t value) {
 }
 
 // A warp per rank: where its experts start, and where this rank's rows start in each of them.
-__device__ inline void place_experts(const Mesh& mesh, const ExchangeCall& call, uint64_t epoch,
-                                     uint32_t* first_row) {
-  const int per_rank = mesh.experts_per_rank;
+__device__ inline void place_experts(const Mesh& mesh, const ExchangeCall& call,
+                                     const Ledger& ledger) {
+  const int per_rank = mesh.experts_per_rank, ranks = mesh.num_ranks;
   const uint32_t alignment = call.call.alignment;
-  for (int rank = warp_id(); rank < mesh.num_ranks; rank += int(blockDim.x / 32)) {
+  for (int rank = warp_id(); rank < ranks; rank += int(blockDim.x / 32)) {
     uint32_t offset = 0;
     for (int j = lane_id(); j - lane_id() < per_rank; j += 32) {
       uint32_t total = 0, before = 0;
-#pragma unroll 4
-      for (int source = 0; source < mesh.num_ranks; ++source) {
-        if (j >= per_rank) continue;
+      for (int source = 0; source < ranks && j < per_rank; ++source) {
         if (source == mesh.rank) before = total;
-        total += row_counts(exchange_row(mesh, mesh.rank, epoch, source))[rank * per_rank + j];
+        total += ledger.rows[source * ledger.columns + rank * per_rank + j];
       }
       const uint32_t aligned = (total + alignment - 1) / alignment * alignment;
       const uint32_t end = offset + warp_inclusive_sum(aligned);
-      if (j < per_rank) first_row[rank * per_rank + j] = end - aligned + before;
+      if (j < per_rank) ledger.first_row[rank * per_rank + j] = end - aligned + before;
       if (j < per_rank && rank == mesh.rank) {
         call.tables.rows_per_expert[j] = total;
         call.tables.expert_offset[j] = end - aligned;
@@ -42,27 +40,25 @@ __device__ inline void place_experts(const Mesh& mesh, const ExchangeCall& call,
       offset = __shfl_sync(0xffffffffu, end, 31);
     }
     uint32_t records = 0;
-    if (lane_id() < mesh.num_ranks)
-      records =
-          row_counts(exchange_row(mesh, mesh.rank, epoch, lane_id()))[mesh.num_experts + rank];
-    if (lane_id() < mesh.num_ranks)
-      call.tables.rank_counts[lane_id() * mesh.num_ranks + rank] = records;
+    if (lane_id() < ranks)
+      records = ledger.rows[lane_id() * ledger.columns + mesh.num_experts + rank];
+    if (lane_id() < ranks) {
+      ledger.rank_counts[lane_id() * ranks + rank] = records;
+      call.tables.rank_counts[lane_id() * ranks + rank] = records;
+    }
     const uint32_t num_records = __reduce_add_sync(0xffffffffu, records);
-    if (lane_id() == 0)
-      call.tables.num_rows[rank] = call.call.layout == kRows ? num_records : offset;
+    const uint32_t num_rows = call.call.layout == kRows ? num_records : offset;
+    if (lane_id() == 0) ledger.num_rows[rank] = call.tables.num_rows[rank] = num_rows;
   }
 }
 
-// Fresh dispatch: fills the handle's tables and turns counts of blocks into first rows of blocks.
-__device__ inline void fill_tables(const Mesh& mesh, const ExchangeCall& call, uint64_t epoch,
-                                   uint32_t* first_row) {
-  place_experts(mesh, call, epoch, first_row);
-  __syncthreads();
-  const int columns = mesh.num_experts + mesh.num_ranks;
-  for (int c = int(threadIdx.x); c < columns; c += int(blockDim.x)) {
-    const uint32_t first = c < mesh.num_experts ? first_row[c] : 0;
-    sum_blocks(mesh, call, c, first,
-               [&](uint32_t block, uint32_t sum) { call.block_base[block * columns + c] = sum; });
+// The first row and record of each block that counted.
+__device__ inline void place_blocks(const Mesh& mesh, const ExchangeCall& call,
+                                    const Ledger& ledger) {
+  for (uint32_t i = threadIdx.x; i < call.count_blocks * ledger.columns; i += blockDim.x) {
+    const int column = int(i) % ledger.columns;
+    const uint32_t first = column < mesh.num_experts ? ledger.first_row[column] : 0;
+    call.block_base[i] = first + ledger.before[i];
   }
 }
 
@@ -89,11 +85,11 @@ __device__ inline Landing dispatch_landing(const Mesh& mesh, const ExchangeCall&
 }
 
 // One warp. By handle: whether the dispatch that made it did.
-__device__ inline bool overflows(const ExchangeCall& call, int ranks) {
+__device__ inline bool overflows(const ExchangeCall& call, const Ledger& ledger, int ranks) {
   if (call.call.kind == kBarrier || call.call.kind == kGrow) return false;
   if (call.call.kind != kDispatch) return *call.tables.state != 0;
   const bool is_over = call.call.capacity != 0 && lane_id() < ranks &&
-                       call.tables.num_rows[lane_id()] > call.call.capacity;
+                       ledger.num_rows[lane_id()] > call.call.capacity;
   return __any_sync(0xffffffffu, is_over);
 }
 
@@ -110,16 +106,17 @@ __device__ inline void clear_tables(const Mesh& mesh, const ExchangeCall& call) 
 }
 
 // One warp, a lane per peer: what the exchanged rows mean for the data kernel. Returns the verdict.
-__device__ inline Verdict make_plan(const Mesh& mesh, const ExchangeCall& call, uint64_t epoch) {
+__device__ inline Verdict make_plan(const Mesh& mesh, const ExchangeCall& call,
+                                    const Ledger& ledger) {
   const int peer = lane_id(), me = mesh.rank, ranks = mesh.num_ranks;
   Plan& plan = mesh.workspace->plan;
   const bool is_dispatch = call.call.kind == kDispatch || call.call.kind == kCachedDispatch;
-  const uint32_t* counts = call.tables.rank_counts;
+  const uint32_t* counts = ledger.rank_counts;
   uint64_t needed = 0;
   bool is_ok = true, has_room = true;
   if (peer < ranks) {
-    const ExchangeHeader& header = *row_header(exchange_row(mesh, me, epoch, peer));
-    const ExchangeHeader& first = *row_header(exchange_row(mesh, me, epoch, 0));
+    const ExchangeHeader& header = ledger.header(peer);
+    const ExchangeHeader& first = ledger.header(0);
     const uint32_t* words = reinterpret_cast<const uint32_t*>(&header.call);
     for (int i = 0; i < int(sizeof(CallWords) / 4); ++i)
       is_ok &= words[i] == reinterpret_cast<const uint32_t*>(&first.call)[i];
@@ -127,7 +124,7 @@ __device__ inline Verdict make_plan(const Mesh& mesh, const ExchangeCall& call, 
   }
   is_ok = __all_sync(0xffffffffu, is_ok);
   if (is_ok && peer < ranks && call.call.kind <= kCombine) {
-    const ExchangeHeader& header = *row_header(exchange_row(mesh, me, epoch, peer));
+    const ExchangeHeader& header = ledger.header(peer);
     uint8_t* grant = mesh.heap[peer] + header.grant_offset;
     PeerPlan own{};
     uint64_t from = 0, partial_out = 0, partial_in = 0;
@@ -144,7 +141,7 @@ __device__ inline Verdict make_plan(const Mesh& mesh, const ExchangeCall& call, 
       const uint64_t capacity = call.call.capacity;
       const Landing landing =
           capacity == 0
-              ? dispatch_landing(mesh, call, call.tables.num_rows[peer], from)
+              ? dispatch_landing(mesh, call, ledger.num_rows[peer], from)
               : dispatch_landing(mesh, call, capacity, uint64_t(ranks) * uint64_t(mesh.max_tokens));
       needed = landing.total_bytes;
       own.rows = grant;
@@ -167,7 +164,7 @@ __device__ inline Verdict make_plan(const Mesh& mesh, const ExchangeCall& call, 
     call.result->needed[peer] = needed;
   }
   has_room = __all_sync(0xffffffffu, has_room);
-  return !is_ok ? kRefused : overflows(call, ranks) ? kOverflow : !has_room ? kNoRoom : kGo;
+  return !is_ok ? kRefused : overflows(call, ledger, ranks) ? kOverflow : !has_room ? kNoRoom : kGo;
 }
 
 }  // namespace commlib::cuda

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from commlib.env import Env
 from commlib.errors import ConfigError
 
-__all__ = ["MAX_TOPK", "RuntimeConfig"]
+__all__ = ["MAX_DECODE_TOKENS", "MAX_TOPK", "RuntimeConfig"]
 
 MAX_TOPK = 64
+MAX_DECODE_TOKENS = 1024
 
 # Tokens, experts and rows travel as signed 32-bit numbers in records and counters.
 _MAX_INDEX = 2**31 - 1
@@ -38,6 +39,8 @@ class RuntimeConfig:
         num_threads: worker threads of the CPU executor on this rank.
         num_sms: multiprocessors that a kernel of the GPU executor takes.
         num_local_sms: multiprocessors for work that stays on the GPU (expand, reduce), if more than `num_sms`.
+        decode_tokens: most tokens of a rank in a call of the latency regime, for which slots are allocated at
+            construction (GPU only); 0: that regime is not used.
         chunk_tokens: tokens moved per signal over scale-up.
         chunk_bytes: bytes moved per put over scale-out (one row, if a row is larger).
         ring_bytes: bytes of one scale-out ring, which is also the most that is in flight to one peer. On links that
@@ -61,6 +64,7 @@ class RuntimeConfig:
     num_threads: int = 1
     num_sms: int = 24
     num_local_sms: int | None = None
+    decode_tokens: int = 0
     chunk_tokens: int = 32
     chunk_bytes: int = 64 * 1024
     ring_bytes: int = 512 * 1024
@@ -73,6 +77,8 @@ class RuntimeConfig:
 
     def __post_init__(self) -> None:
         self._check_types()
+        if self.decode_tokens > MAX_DECODE_TOKENS:
+            raise ConfigError(f"decode_tokens={self.decode_tokens} is above {MAX_DECODE_TOKENS}")
         for name in ("hidden", "num_experts", "max_tokens", "expert_alignment"):
             if getattr(self, name) > _MAX_INDEX:
                 raise ConfigError(f"{name}={getattr(self, name)} does not fit 32 bits; the limit is {_MAX_INDEX}")
@@ -107,7 +113,9 @@ class RuntimeConfig:
                 is_number = isinstance(value, int | float) and not isinstance(value, bool)
                 if not (is_number and math.isfinite(value) and value > 0):
                     raise ConfigError(f"{field.name}={value!r} is not a finite number of seconds > 0")
-            elif field.name in ("arena_bytes", "num_local_sms") and value is None:
+            elif (field.name in ("arena_bytes", "num_local_sms") and value is None) or (
+                field.name == "decode_tokens" and value == 0 and not isinstance(value, bool)
+            ):
                 continue
             elif not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{field.name}={value!r} is not an integer >= 1")

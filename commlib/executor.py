@@ -25,6 +25,7 @@ class DispatchCall:
     expert_alignment: int | None = None
     fp8: str | None = None
     capacity: int | None = None
+    regime: str = "throughput"
 
 
 @dataclass(frozen=True, kw_only=True)

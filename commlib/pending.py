@@ -140,6 +140,8 @@ def prepare_dispatch(engine: Any, config: RuntimeConfig, runtime_id: int, call: 
     handle, fp8 = call.handle, call.fp8
     alignment = config.expert_alignment if call.expert_alignment is None else call.expert_alignment
     try:
+        if call.regime != "throughput":
+            raise ConfigError(f"regime={call.regime!r} is for CUDA tensors; the CPU executor has one regime")
         if call.capacity is not None:
             raise ConfigError(f"capacity={call.capacity} is for CUDA tensors; the CPU executor knows the sizes")
         if handle is not None:

@@ -94,6 +94,7 @@ class Runtime:
         expert_alignment: int | None = None,
         fp8: str | None = None,
         capacity: int | None = None,
+        regime: str = "throughput",
     ) -> Dispatched:
         """Carries every token to the ranks of its experts.
 
@@ -109,6 +110,10 @@ class Runtime:
             capacity: GPU only: rows of the result, equal on all ranks. The host then never waits for sizes, so that
                 the call may be captured in a CUDA graph. Rows and counts that matter are on the device; if a rank needs
                 more rows, nothing moves, all counts are 0, combine gives NaN and `overflowed` says so.
+
+            regime: "throughput", or, for at most `decode_tokens` tokens per rank on GPUs, "latency": one hop without an
+                exchange before it, BF16 rows or `fp8`, layout "grouped", `capacity` as above (None: enough for every
+                choice). At most two such dispatches may be without their second half.
 
         Returns:
             Dispatched, in the order of docs/design.md section 3.
@@ -130,6 +135,7 @@ class Runtime:
                 expert_alignment=expert_alignment,
                 fp8=fp8,
                 capacity=capacity,
+                regime=regime,
             )
         )
 

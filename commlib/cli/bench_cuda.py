@@ -56,6 +56,7 @@ class CudaBench:
             max_tokens=shape.num_tokens,
             num_sms=num_sms,
             num_local_sms=self.num_local_sms,
+            decode_tokens=arguments.decode_tokens,
             timeout_s=20.0,
         )
         self.lines: list[dict[str, Any]] = []
@@ -71,6 +72,8 @@ class CudaBench:
             self._combine("grouped", is_weighted=True)
             self._combine("rows", is_weighted=False)
             self._host_times()
+            if self.arguments.decode_tokens:
+                self._latency()
             memory = runtime.memory()._asdict()
             self._report(what="memory", **memory)
 
@@ -136,6 +139,37 @@ class CudaBench:
             self._report(
                 what=name, us=round(float(np.median(counted)), 1), us_p99=round(float(np.quantile(counted, 0.99)), 1)
             )
+
+    def _latency(self) -> None:
+        """Few tokens, each operation captured in a graph of its own and replayed; FP8 rows out, BF16 rows home."""
+        arguments, runtime = self.arguments, self.runtime
+        shape = self.shape._replace(num_tokens=arguments.decode_tokens)
+        rows = RoutedRows(self.boot, self.device, shape, arguments.workload, 1, arguments.seed)
+
+        def dispatch() -> Any:
+            return runtime.dispatch(
+                rows.own(), rows.choices(0), rows.weights, regime="latency", fp8="pow2", expert_alignment=1
+            )
+
+        got = runtime.dispatch(rows.own(), rows.choices(0), rows.weights, regime="latency", expert_alignment=1)
+        y = got.x.clone()
+
+        def combine() -> Any:
+            return runtime.combine(y, got.handle, weights=got.row_weights)
+
+        self._align()
+        for name, call in (("decode dispatch fp8", dispatch), ("decode combine bf16", combine)):
+            call()
+            self._align()
+            graph: Any = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                result = call()
+            times = self._timed(lambda _, graph=graph: graph.replay(), None)
+            if name.startswith("decode dispatch"):
+                rows.check_counted(0, result, "pow2")
+            else:
+                rows.check_combined(0, result.x, "grouped", is_weighted=True)
+            self._report(what=name, decode_tokens=arguments.decode_tokens, checked=True, **times)
 
     # ---- how
 

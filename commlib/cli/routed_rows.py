@@ -97,6 +97,19 @@ class RoutedRows:
             row = end
         assert row == got.x.shape[0], f"{got.x.shape[0]} rows, expected {row}"
 
+    def check_counted(self, which: int, got: Any, fp8: str) -> None:
+        """Like `check_dispatched` for a grouped result of alignment 1 whose counts are on the device."""
+        count = int(got.num_tokens_per_expert.sum())
+        given = [quantize_e4m3(x, pow2=fp8 == "pow2") for x in self._x]
+        row = 0
+        for expert in range(self.rank * self._per_rank, (self.rank + 1) * self._per_rank):
+            for source, (x, scales) in enumerate(given):
+                tokens = (self._idx[which][source] == expert).any(dim=1).nonzero()[:, 0]
+                _require_rows(got, slice(row, row + len(tokens)), x[tokens], scales[tokens])
+                row += len(tokens)
+        assert row == count, f"{count} rows, expected {row}"
+        assert bool((got.row_weights[:row] == _WEIGHT).all()) and not bool(got.row_weights[row:].any()), "weights"
+
     def _check_rows_layout(self, which: int, got: Any, given: list[Any]) -> None:
         row = 0
         for source, (x, scales) in enumerate(given):

@@ -37,7 +37,14 @@ ELEMENT_BYTES = (4, 2, 1)
 
 _REJECTED = 4
 _PEER_LOST = 2  # FaultNote::kind
-_PHASES = {1: "exchange", 2: "dispatch/expand", 3: "combine/final_reduce"}
+_PHASES = {
+    1: "exchange",
+    2: "dispatch/expand",
+    3: "combine/final_reduce",
+    4: "latency/room",
+    5: "latency/take_in",
+    6: "latency/add_up",
+}
 
 
 def check_tensor(
@@ -144,11 +151,13 @@ def _describe(call: CallWords) -> str:
 def _reason(header: Any, rank: int, num_topk: int, num_experts: int) -> str:
     """Why a rank's row is not OK."""
     if header.status == _REJECTED:
-        return bytes(header.text).rstrip(b"\0").decode(errors="replace")
+        return bytes(header.text).rstrip(b"\0").decode(errors="replace") or f"rank {rank} refused its own input"
     token, slot = divmod(header.bad_index, num_topk)
     place = f" at token {token}, slot {slot} on rank {rank}"
     if header.status == 1:
         return f"expert id {header.bad_value}{place} is not -1 or in 0..{num_experts - 1}"
+    if header.status == 5:
+        return f"rank {rank} calls it with other arguments"
     if header.status == 2:
         return f"expert {header.bad_value} occurs twice{place}"
     weight = struct.unpack("<f", struct.pack("<I", header.bad_value & 0xFFFFFFFF))[0]

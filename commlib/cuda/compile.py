@@ -23,7 +23,7 @@ __all__ = ["ARCHITECTURE", "UNITS", "Resources", "compile_unit", "default_cache"
 ARCHITECTURE = "sm_90a"
 
 # Files of native/cuda that hold kernels; each becomes one module.
-UNITS = ("exchange", "dispatch", "combine", "push_limit")
+UNITS = ("exchange", "dispatch", "combine", "latency_dispatch", "latency_combine", "push_limit")
 
 _INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*"([^"]+)"', re.MULTILINE)
 _KERNEL = re.compile(r"Compiling entry function '(\w+)'")
@@ -82,7 +82,7 @@ def _unit_source(unit: str) -> tuple[str, str]:
         raise ConfigError(f"unit={unit!r} is not one of {'|'.join(UNITS)}")
     seen: dict[str, str] = {}
     _sources(f"cuda/{unit}.cu", source_root(), seen)
-    source = f'#include "cuda/{unit}.cu"\n{layout_checks()}'
+    source = f'#include "cuda/{unit}.cu"\n{layout_checks(unit)}'
     options = [option for option in _options() if not option.startswith("--include-path")]
     parts = [nvrtc.version(), *options, source, *(part for pair in sorted(seen.items()) for part in pair)]
     return source, hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]

@@ -24,6 +24,7 @@ from commlib.cuda.calls import (
     check_tensor,
 )
 from commlib.cuda.landing import dispatch_landing
+from commlib.cuda.latency import LatencyHandle, LatencyOps, PendingLatency
 from commlib.cuda.launch import Launch, plan_combine, plan_dispatch, settle_bytes
 from commlib.cuda.memory import ALIGNMENT, Slab
 from commlib.cuda.operations import ArenaBytes, CudaHandle, KernelCall, PendingOp
@@ -60,13 +61,24 @@ class CudaEngine(OpQueue):
 
     # ---- dispatch
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._latency = LatencyOps(self)
+
     def dispatch(self, call: DispatchCall) -> Dispatched:
+        if _is_latency(call):
+            return self._latency.dispatch(call)
         return self.dispatch_recv(self._dispatch_issue(call, is_split=False))
 
-    def dispatch_send(self, call: DispatchCall) -> PendingOp:
+    def dispatch_send(self, call: DispatchCall) -> PendingOp | PendingLatency:
+        if _is_latency(call):
+            return self._latency.dispatch_send(call)
         return self._dispatch_issue(call, is_split=True)
 
     def dispatch_recv(self, pending: Any) -> Dispatched:
+        if isinstance(pending, PendingLatency):
+            result: Dispatched = self._latency.receive(pending, "latency dispatch")
+            return result
         self._finish(pending, ("dispatch", "cached_dispatch"))
         native, slab, landing = pending.handle, pending.grant, self._landing_of(pending)
         assert native is not None and slab is not None
@@ -264,12 +276,19 @@ class CudaEngine(OpQueue):
     # ---- combine
 
     def combine(self, call: CombineCall) -> Combined:
+        if self._is_latency_handle(call.handle):
+            return self._latency.combine(call)
         return self.combine_recv(self._combine_issue(call, is_split=False))
 
-    def combine_send(self, call: CombineCall) -> PendingOp:
+    def combine_send(self, call: CombineCall) -> PendingOp | PendingLatency:
+        if self._is_latency_handle(call.handle):
+            return self._latency.combine_send(call)
         return self._combine_issue(call, is_split=True)
 
     def combine_recv(self, pending: Any) -> Combined:
+        if isinstance(pending, PendingLatency):
+            result: Combined = self._latency.receive(pending, "latency combine")
+            return result
         self._finish(pending, ("combine",))
         return Combined(pending.out, pending.out_weight_grads)
 
@@ -342,6 +361,9 @@ class CudaEngine(OpQueue):
 
     # ---- the rest
 
+    def _is_latency_handle(self, handle: Any) -> bool:
+        return isinstance(handle, Handle) and isinstance(check_handle(handle, self._id), LatencyHandle)
+
     def counters(self) -> dict[str, Any]:
         """The kernels do not count."""
         return {}
@@ -359,6 +381,12 @@ class CudaEngine(OpQueue):
         if num_bytes == 0:
             return torch.empty(0, dtype=torch.uint8, device=self.device)
         return torch.as_tensor(ArenaBytes(slab.address, num_bytes, slab), device=self.device)
+
+
+def _is_latency(call: DispatchCall) -> bool:
+    if call.regime not in ("throughput", "latency"):
+        raise ConfigError(f'regime={call.regime!r} is not "throughput" or "latency"')
+    return call.regime == "latency"
 
 
 def _address(tensor: Any) -> int:

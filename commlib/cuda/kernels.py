@@ -21,13 +21,15 @@ _RESULTS = 2  # of operations whose sizes the host may still want
 _PEER_LOST = 2  # FaultNote::kind
 
 
-def load_executor_kernels() -> dict[str, Kernel]:
+def load_executor_kernels(*, has_latency: bool) -> dict[str, Kernel]:
     """All kernels, loaded: later the driver would wait for running kernels, which may wait for this one on a peer."""
     wanted = {
         "exchange": {"exchange": MAX_SHARED_BYTES},
         "dispatch": {"dispatch": MAX_SHARED_BYTES},
         "combine": {"combine_bf16": MAX_SHARED_BYTES, "combine_f32": MAX_SHARED_BYTES},
     }
+    if has_latency:
+        wanted |= {name: {name: MAX_SHARED_BYTES} for name in ("latency_dispatch", "latency_combine")}
     kernels: dict[str, Kernel] = {}
     for unit, names in wanted.items():
         cubin, _ = compile_unit(unit, default_cache())
@@ -101,5 +103,5 @@ def make_mesh(config: RuntimeConfig, rank: int, num_ranks: int, regions: Regions
         exchange_row_bytes=regions.exchange_row_bytes,
         board=buffers.board_address,
         workspace=buffers.workspace.data_ptr(),
-        **regions.offsets,
+        **{name: regions.offsets[name] for name in regions.offsets if hasattr(Mesh, name)},
     )

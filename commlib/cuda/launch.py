@@ -9,10 +9,20 @@ from commlib.cuda.params import ExchangeHeader, sizeof
 from commlib.errors import ConfigError
 from commlib.layout import SCALE_BLOCK, align_up
 
-__all__ = ["MAX_SHARED_BYTES", "Launch", "Tuning", "plan_combine", "plan_dispatch", "push_limit_bytes", "settle_bytes"]
+__all__ = [
+    "LATENCY_WARPS",
+    "MAX_SHARED_BYTES",
+    "Launch",
+    "Tuning",
+    "plan_combine",
+    "plan_dispatch",
+    "push_limit_bytes",
+    "settle_bytes",
+]
 
 MAX_SHARED_BYTES = 226 * 1024  # dynamic, of one block on compute capability 9.0; 1 KiB is left for static variables
 STAGES = 4  # kStages in native/cuda
+LATENCY_WARPS = 12  # of a block in the latency regime: a token each
 _WARP_ALIGNMENT = 128  # RowPipe::kAlignment
 _MAX_COMBINE_PIECE = 7 * 512  # kVectors in native/cuda/combine.cu: what a warp sums in registers
 _GOOD_UNIT = 512  # pieces that are multiples of this start on whole lines: a third slower otherwise

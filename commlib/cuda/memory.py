@@ -17,9 +17,9 @@ from commlib.bootstrap import Bootstrap
 from commlib.bootstrap.agreement import allgather_or_raise
 from commlib.config import RuntimeConfig
 from commlib.cuda.host_page import HostPage
-from commlib.cuda.params import ExchangeHeader, FaultNote, sizeof
+from commlib.cuda.params import ExchangeHeader, FaultNote, LatencyMessage, LatencyRegions, sizeof
 from commlib.errors import CapacityError, TransportError
-from commlib.layout import align_up, format_bytes, record_bytes
+from commlib.layout import SCALE_BLOCK, align_up, format_bytes, record_bytes
 
 __all__ = ["ALIGNMENT", "Arena", "Heap", "Regions", "Segment", "Slab", "default_heap_bytes"]
 
@@ -60,6 +60,7 @@ class Regions:
             "exchange_row": 2 * ranks * row_bytes,
             "dispatch_arrived": arrival_bytes,
             "combine_arrived": arrival_bytes,
+            **self._latency_regions(),
         }
         offsets, end = {}, 0
         for name, num_bytes in regions.items():
@@ -68,6 +69,43 @@ class Regions:
         object.__setattr__(self, "offsets", offsets)
         object.__setattr__(self, "exchange_row_bytes", row_bytes)
         object.__setattr__(self, "total_bytes", end)
+
+    def _latency_regions(self) -> dict[str, int]:
+        """Of the latency regime: two generations of slots for rows, counts and partial rows of BF16."""
+        ranks, tokens = self.num_ranks, self.config.decode_tokens
+        if tokens == 0:
+            return {}
+        sizes = self.latency_sizes()
+        return {
+            "slots": 2 * ranks * tokens * sizes["slot_bytes"],
+            "messages": 2 * ranks * sizes["message_bytes"],
+            "message_epoch": ranks * _LINE,
+            "row_epoch": ranks * tokens * 4,
+            "partials": 2 * ranks * tokens * sizes["partial_bytes"],
+            "partial_epoch": ranks * tokens * 4,
+            "dispatch_done": ranks * _LINE,
+            "combine_done": ranks * _LINE,
+        }
+
+    def latency_sizes(self) -> dict[str, int]:
+        """Bytes and offsets inside a slot, see LatencyRegions in native/cuda/latency.cuh."""
+        config = self.config
+        row_bytes = align_up(2 * config.hidden, 16)
+        record_offset = row_bytes + align_up(4 * (config.hidden // SCALE_BLOCK), 16)
+        mask_bytes = 4 * -(-config.decode_tokens // 32)
+        return {
+            "scales_offset": row_bytes,
+            "record_offset": record_offset,
+            "slot_bytes": align_up(record_offset + record_bytes(config.num_topk), 128),
+            "partial_bytes": align_up(row_bytes, 128),
+            "message_bytes": align_up(sizeof(LatencyMessage) + mask_bytes + 4 * config.num_experts, _LINE),
+        }
+
+    def latency(self) -> LatencyRegions:
+        """For the kernels of the latency regime."""
+        names = self._latency_regions()
+        offsets = {name: self.offsets[name] for name in names}
+        return LatencyRegions(max_tokens=self.config.decode_tokens, **offsets, **self.latency_sizes())
 
 
 class Slab:

@@ -21,6 +21,10 @@ __all__ = [
     "FaultNote",
     "HostResult",
     "Landing",
+    "LatencyCombineCall",
+    "LatencyDispatchCall",
+    "LatencyMessage",
+    "LatencyRegions",
     "Mesh",
     "PushLimitCall",
     "Tables",
@@ -205,6 +209,94 @@ class CombineCall(ctypes.Structure):
     ]
 
 
+class LatencyRegions(ctypes.Structure):
+    _fields_ = [
+        *(
+            (name, c_uint64)
+            for name in (
+                "slots",
+                "messages",
+                "message_epoch",
+                "row_epoch",
+                "partials",
+                "partial_epoch",
+                "dispatch_done",
+                "combine_done",
+            )
+        ),
+        *(
+            (name, c_uint32)
+            for name in (
+                "max_tokens",
+                "slot_bytes",
+                "scales_offset",
+                "record_offset",
+                "partial_bytes",
+                "message_bytes",
+            )
+        ),
+    ]
+
+
+class LatencyMessage(ctypes.Structure):
+    _fields_ = [
+        ("status", c_uint32),
+        ("bad_index", c_uint32),
+        ("bad_value", c_int64),
+        ("agreed", c_uint32),
+        ("num_tokens", c_uint32),
+    ]
+
+
+class LatencyDispatchCall(ctypes.Structure):
+    _fields_ = [
+        *(
+            (name, _POINTER)
+            for name in (
+                "x",
+                "topk_idx",
+                "topk_weights",
+                "refused",
+                "rows",
+                "scales",
+                "weights",
+                "records",
+                "masks",
+                "owners",
+                "rows_per_expert",
+                "expert_offset",
+                "state",
+            )
+        ),
+        ("ticket", c_uint64),
+        *(
+            (name, c_uint32)
+            for name in (
+                "num_tokens",
+                "in_row_bytes",
+                "row_bytes",
+                "num_scales",
+                "piece_bytes",
+                "alignment",
+                "cast",
+                "dtype",
+                "capacity",
+                "agreed",
+                "status",
+                "phases",
+                "shared_offset",
+            )
+        ),
+    ]
+
+
+class LatencyCombineCall(ctypes.Structure):
+    _fields_ = [
+        *((name, _POINTER) for name in ("y", "weights", "out", "records", "masks", "owners", "state")),
+        *((name, c_uint32) for name in ("num_tokens", "row_bytes", "piece_bytes", "phases")),
+    ]
+
+
 class PushLimitCall(ctypes.Structure):
     _fields_ = [
         ("rows", _POINTER),
@@ -218,11 +310,19 @@ _MIRRORS = (
 )  # fmt: skip
 
 
-def layout_checks() -> str:
-    """C++ assertions that the structs of native/cuda/params.cuh lie in memory as the ones here do."""
+# Structs that only some units have.
+_MIRRORS_OF = {
+    "latency_dispatch": (LatencyRegions, LatencyMessage, LatencyDispatchCall),
+    "latency_combine": (LatencyRegions, LatencyCombineCall),
+    "push_limit": (PushLimitCall,),
+}
+
+
+def layout_checks(unit: str) -> str:
+    """C++ assertions that the structs a unit of native/cuda sees lie in memory as the ones here do."""
     # What offsetof expands to in this compiler. NVRTC has not that header and, before 13.1, no built-in either.
     lines = ["namespace commlib::cuda {", f"static_assert(sizeof(Workspace) <= {WORKSPACE_BYTES});"]
-    for mirror in (*_MIRRORS, Workspace):
+    for mirror in (*_MIRRORS, *_MIRRORS_OF.get(unit, ()), Workspace):
         name = mirror.__name__
         if mirror is not Workspace:
             lines.append(f"static_assert(sizeof({name}) == {sizeof(mirror)});")

@@ -64,7 +64,7 @@ class OpQueue:
             self._page = HostPage(boot, connect_timeout_s)
             regions = Regions(config, boot.size)
             heap_bytes = config.arena_bytes or default_heap_bytes(config, boot.size)
-            self._kernels = load_executor_kernels()
+            self._kernels = load_executor_kernels(has_latency=config.decode_tokens > 0)
             self._settle_bytes = settle_bytes(config.num_experts, boot.size, 0, EXCHANGE_THREADS // 32)
             self.arena = Arena(boot, self._page, regions, heap_bytes, connect_timeout_s)
             self._stream: Any = torch.cuda.Stream(priority=-1)  # type: ignore[no-untyped-call]
@@ -81,9 +81,7 @@ class OpQueue:
 
     def _prepare(self) -> None:
         """Before an operation takes memory: what came before is known to have succeeded."""
-        if self._is_closed:
-            raise ConfigError("this Runtime is closed")
-        self.check()
+        self.check_usable()
         # Sizes must be known before memory is granted anew, and ranks must find out in the same order.
         for pending in list(self._unsettled):
             self._settle(pending)
@@ -119,10 +117,9 @@ class OpQueue:
 
     def _launch_op(self, pending: PendingOp) -> None:
         exchange = pending.exchange
-        self._ticket += 1
-        pending.ticket = exchange.ticket = self._ticket
+        pending.ticket = exchange.ticket = self.next_ticket()
         if pending.handle is not None and pending.public_handle is None:
-            pending.handle.epoch = self._ticket
+            pending.handle.epoch = pending.ticket
         heap = self.arena.heap
         if pending.data is not None:
             pending.grant = None  # of a first try: or there is nothing to take
@@ -133,7 +130,7 @@ class OpQueue:
         if pending.is_lazy:
             exchange.result, exchange.refused = buffers.scratch_result.data_ptr(), buffers.refused_address
         else:
-            exchange.result = buffers.result_address(self._ticket)
+            exchange.result = buffers.result_address(pending.ticket)
         data = pending.data
         if data is None:
             self._launch(pending.stream, "exchange", 1, EXCHANGE_THREADS, self._settle_bytes, exchange)
@@ -161,6 +158,39 @@ class OpQueue:
         text = str(error).encode("ascii", "backslashreplace")[: TEXT_BYTES - 1]
         exchange = ExchangeCall(status=4, call=CallWords(kind=KINDS[kind]), text=text)
         return self._issue(PendingOp(kind, self._id, exchange, is_split=is_split))
+
+    # ---- what the latency regime needs
+
+    @property
+    def runtime_id(self) -> int:
+        return self._id
+
+    @property
+    def refused_address(self) -> int:
+        """Pinned memory for the first refusal that nobody waits for."""
+        return self._buffers.refused_address
+
+    def next_ticket(self) -> int:
+        """A number for an operation; the same on all ranks."""
+        self._ticket += 1
+        return self._ticket
+
+    def check_usable(self) -> None:
+        """Raises what `check` raises, or ConfigError: it is closed."""
+        if self._is_closed:
+            raise ConfigError("this Runtime is closed")
+        self.check()
+
+    def launch_latency(self, name: str, threads: int, shared_bytes: int, *calls: ctypes.Structure) -> None:
+        """On the current stream, behind what was launched before."""
+        stream = torch.cuda.current_stream(self.device)
+        if not torch.cuda.is_current_stream_capturing():
+            if self._last_stream is not None and self._last_stream != stream:
+                stream.wait_event(self._last_event)
+            self._last_stream = stream
+        self._launch(stream, name, self.num_sms, threads, shared_bytes, *calls)
+        if not torch.cuda.is_current_stream_capturing():
+            self._last_event.record(stream)
 
     # ---- verdicts
 

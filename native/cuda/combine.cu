@@ -13,7 +13,7 @@ __device__ void combine(const Mesh& mesh, const ExchangeCall& exchange, const Co
   if (!settle(mesh, exchange, reinterpret_cast<uint32_t*>(memory))) return fill_nan<T>(mesh, call);
   fence_async_shared();  // what settle() left in shared memory, before bulk copies overwrite it
   __syncthreads();
-  WarpMemory own = carve(call, memory);
+  WarpMemory own = carve_sums(call.piece_bytes, memory);
   if (uint32_t(warp_id()) >= call.final_warps) {
     if (call.weights != nullptr)
       reduce<Summer<T, true>>(mesh, call, own);

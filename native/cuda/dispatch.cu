@@ -12,7 +12,7 @@ extern "C" __global__ void __launch_bounds__(512, 1)
   if (!settle(mesh, exchange, reinterpret_cast<uint32_t*>(memory))) return;
   fence_async_shared();  // what settle() left in shared memory, before bulk copies overwrite it
   __syncthreads();
-  WarpMemory own = carve(call, memory);
+  WarpMemory own = carve_rows(call.piece_bytes, call.cast, memory);
   // Blocks that push do some of each role: what binds is how much one multiprocessor can store.
   const uint32_t warp = uint32_t(warp_id()), warps = blockDim.x / 32;
   if (blockIdx.x < call.push_blocks && warp < call.push_warps) push(mesh, call, own);

@@ -5,6 +5,9 @@
 
 namespace commlib::cuda {
 
+constexpr int kExpandBatch = 4;  // records whose loads are under way together
+constexpr uint32_t kNoRecord = ~0u;
+
 // Which part of work that is dealt out in advance a warp does. Warps that push get none, if there
 // are others.
 struct Share {

@@ -33,7 +33,14 @@ enum Verdict : uint32_t {
   kFaulty = 4,
   kOverflow = 5,  // a rank has more rows than the call's capacity
 };
-enum Phase : uint32_t { kExchange = 1, kExpand = 2, kFinalReduce = 3 };
+enum Phase : uint32_t {
+  kExchange = 1,
+  kExpand = 2,
+  kFinalReduce = 3,
+  kRoom = 4,  // latency regime: for the slots of the operation before the last
+  kTakeIn = 5,
+  kAddUp = 6,
+};
 enum RowOrder : uint32_t { kGrouped = 0, kRows = 1 };
 enum Cast : uint32_t { kNoCast = 0, kCastFp32 = 1, kCastPow2 = 2 };
 
@@ -136,7 +143,10 @@ struct Workspace {
   uint32_t is_faulty;
   uint32_t overflowed;  // some dispatch overflowed; stays until the host clears it
   uint32_t reserved;
-  uint64_t settled;  // epoch of the newest operation whose plan is made
+  uint64_t settled;            // epoch of the newest operation whose plan is made
+  uint64_t latency_epochs[4];  // LatencyCounter: newest operation of each
+  uint32_t latency_blocks;
+  uint32_t latency_reserved;
   Plan plan;
 };
 

@@ -68,8 +68,8 @@ __device__ void reduce_record(const Mesh& mesh, const CombineCall& call, WarpMem
   const int count = order_lanes(is_term ? job.row : kNothing, &from);
   const uint64_t row = uint64_t(__shfl_sync(0xffffffffu, job.row, from));
   const float weight = __shfl_sync(0xffffffffu, job.weight, from);
-  sum_rows(call, own, sum, to, reinterpret_cast<uint64_t>(call.y + row * call.row_bytes), weight,
-           count);
+  sum_rows(call.row_bytes, own, sum, to, reinterpret_cast<uint64_t>(call.y + row * call.row_bytes),
+           weight, count);
 }
 
 // Role: a partial row for every record, in record order, sources taking turns. Each rank begins

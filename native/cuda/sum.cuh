@@ -119,17 +119,16 @@ struct WarpMemory {
 };
 
 // Shared memory: the same for every warp. commlib/cuda/launch.py computes the total.
-__device__ inline WarpMemory carve(const CombineCall& call, uint8_t* memory) {
-  const uint32_t pipe_bytes =
-      kStages * call.piece_bytes + uint32_t(align_up(Pipe::kTableBytes, 16));
+__device__ inline WarpMemory carve_sums(uint32_t piece_bytes, uint8_t* memory) {
+  const uint32_t pipe_bytes = kStages * piece_bytes + uint32_t(align_up(Pipe::kTableBytes, 16));
   const uint32_t warp_bytes =
       uint32_t(align_up(pipe_bytes + Tellers::kBytes + kStages * 8, Pipe::kAlignment));
   uint32_t given;
   asm("mov.u32 %0, %dynamic_smem_size;" : "=r"(given));
-  if (blockDim.x / 32 * warp_bytes > given || call.piece_bytes > kVectors * 512) __trap();
+  if (blockDim.x / 32 * warp_bytes > given || piece_bytes > kVectors * 512) __trap();
   uint8_t* mine = memory + uint32_t(warp_id()) * warp_bytes;
   WarpMemory own;
-  own.pipe.init(mine, call.piece_bytes);
+  own.pipe.init(mine, piece_bytes);
   own.announcer.init(mine + pipe_bytes);
   own.is_last = reinterpret_cast<uint32_t*>(mine + pipe_bytes + Tellers::kBytes);
   own.weights = reinterpret_cast<float*>(own.is_last + kStages);
@@ -139,10 +138,11 @@ __device__ inline WarpMemory carve(const CombineCall& call, uint8_t* memory) {
 // Puts the sum of the warp's terms on its way to `to`: lane i holds the address (and weight) of
 // term i.
 template <typename Sum>
-__device__ void sum_rows(const CombineCall& call, WarpMemory& own, Sum& sum, uint8_t* to,
-                         uint64_t term, float weight, int num_terms) {
-  for (uint32_t begin = 0; begin < call.row_bytes; begin += call.piece_bytes) {
-    const uint32_t bytes = min(call.piece_bytes, call.row_bytes - begin);
+__device__ void sum_rows(uint32_t row_bytes, WarpMemory& own, Sum& sum, uint8_t* to, uint64_t term,
+                         float weight, int num_terms) {
+  const uint32_t piece_bytes = own.pipe.piece_bytes;
+  for (uint32_t begin = 0; begin < row_bytes; begin += piece_bytes) {
+    const uint32_t bytes = min(piece_bytes, row_bytes - begin);
     for (int i = 0; i < num_terms; ++i) {
       const uint8_t* from = reinterpret_cast<const uint8_t*>(__shfl_sync(0xffffffffu, term, i));
       const float w = __shfl_sync(0xffffffffu, weight, i);

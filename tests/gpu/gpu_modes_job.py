@@ -147,6 +147,114 @@ def graph_rank() -> None:
     print(f"rank {boot.rank}: graph OK", flush=True)
 
 
+def latency_rank() -> None:
+    """The latency regime against the oracle: whole, in halves, captured; too little room; bad choices."""
+    boot, device = join()
+    for seed, name in enumerate(("uniform", "masked", "uneven", "empty_rank", "skewed")):
+        work = workload_of(name, boot.size, seed, 40)
+        tokens = max(work.num_tokens)
+        with open_runtime(boot, device, work, 512, decode_tokens=max(tokens, 1)) as runtime:
+            for alignment, fp8 in ((1, None), (8, "pow2"), (8, None), (1, "fp32")):
+                case = Case(work, "grouped", alignment, case_of(work, "grouped", 1, 512, torch.bfloat16).xs, fp8)
+                _check_latency(case, runtime)
+            _check_latency_halves(case, runtime)
+            _check_latency_graph(work, runtime)
+            _check_latency_errors(case, runtime)
+    print(f"rank {boot.rank}: latency OK", flush=True)
+
+
+def _latency_combine_inputs(case: Case, capacity: int, rank: int) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+    ys = [random_payload(r, len(each.source), 512, torch.bfloat16, 9) for r, each in enumerate(case.expected)]
+    y = torch.full((capacity, 512), torch.nan, dtype=torch.bfloat16, device=runtime_device())
+    y[: len(ys[rank])] = ys[rank].cuda()
+    weights = [each.row_weights for each in case.expected]
+    return ys, y, weights
+
+
+def _check_latency(case: Case, runtime: Runtime, *, in_halves: bool = False) -> None:
+    rank, work = runtime.rank, case.work
+    x, idx, weights = case.xs[rank].cuda(), work.topk_idx[rank].cuda(), work.topk_weights[rank].cuda()
+    options = {"regime": "latency", "fp8": case.fp8, "expert_alignment": case.alignment}
+    if in_halves:
+        got = runtime.dispatch_recv(runtime.dispatch_send(x, idx, weights, **options))
+    else:
+        got = runtime.dispatch(x, idx, weights, **options)
+    _check_capacity_result(case, rank, got, got.x.shape[0])
+    ys, y, row_weights = _latency_combine_inputs(case, got.x.shape[0], rank)
+    for is_weighted in (True, False):
+        given = got.row_weights if is_weighted else None
+        if in_halves:
+            out = runtime.combine_recv(runtime.combine_send(y, got.handle, weights=given)).x
+        else:
+            out = runtime.combine(y, got.handle, weights=given).x
+        nodes, taken = [0] * runtime.num_ranks, row_weights if is_weighted else None
+        expected = reference.combine(ys, case.expected, work.topk_idx, work.num_experts, nodes, weights=taken)
+        assert_bits(out, expected[rank][0], f"latency: combine {case.name} weighted {is_weighted}")
+
+
+def _check_latency_halves(case: Case, runtime: Runtime) -> None:
+    """Two dispatches under way, received in order; a third one is refused on the host."""
+    for _ in range(5):
+        _check_latency(case, runtime, in_halves=True)
+    rank, work = runtime.rank, case.work
+    options = {"regime": "latency", "fp8": case.fp8, "expert_alignment": case.alignment}
+    arguments = (case.xs[rank].cuda(), work.topk_idx[rank].cuda(), work.topk_weights[rank].cuda())
+    pending = [runtime.dispatch_send(*arguments, **options) for _ in range(2)]
+    with pytest.raises(ConfigError, match="are without their second half"):
+        runtime.dispatch_send(*arguments, **options)
+    for each in pending:
+        got = runtime.dispatch_recv(each)
+        _check_capacity_result(case, rank, got, got.x.shape[0])
+
+
+def _check_latency_graph(work: Any, runtime: Runtime) -> None:
+    rank = runtime.rank
+    case = case_of(work, "grouped", 1, 512, torch.bfloat16)
+    x, idx = torch.zeros_like(case.xs[rank], device=runtime_device()), work.topk_idx[rank].cuda()
+    weights = work.topk_weights[rank].cuda()
+
+    def step() -> Tensor:
+        got = runtime.dispatch(x, idx, weights, regime="latency", expert_alignment=1)
+        return runtime.combine(got.x * 2, got.handle, weights=got.row_weights).x
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    x.copy_(case.xs[rank])
+    ys, rows = [each.x * 2 for each in case.expected], [each.row_weights for each in case.expected]
+    nodes = [0] * runtime.num_ranks
+    expected = reference.combine(ys, case.expected, work.topk_idx, work.num_experts, nodes, weights=rows)
+    for replay in range(7):
+        graph.replay()
+        assert_bits(out, expected[rank][0], f"latency: replay {replay}")
+        _check_latency(case, runtime)
+
+
+def _check_latency_errors(case: Case, runtime: Runtime) -> None:
+    rank, work = runtime.rank, case.work
+    x, idx, weights = case.xs[rank].cuda(), work.topk_idx[rank].cuda(), work.topk_weights[rank].cuda()
+    most = max(len(each.source) for each in case.expected)
+    if most > 1:
+        options: dict[str, Any] = {"regime": "latency", "expert_alignment": case.alignment, "capacity": most - 1}
+        over = runtime.dispatch(x, idx, weights, **options)
+        assert int(over.num_tokens_per_expert.sum()) == 0
+        out = runtime.combine(torch.zeros_like(over.x), over.handle).x
+        assert bool(out.isnan().all()) and int(runtime.overflowed()) == 1
+        runtime.overflowed().zero_()
+    if work.topk_idx[-1].shape[0]:
+        bad = idx.clone()
+        if rank == runtime.num_ranks - 1:
+            bad[0, 0] = 99
+        refused = runtime.dispatch(x, bad, weights, regime="latency")
+        torch.cuda.synchronize()
+        assert int(refused.num_tokens_per_expert.sum()) == 0
+        with pytest.raises(ConfigError, match="expert id 99 at token 0, slot 0"):
+            runtime.check()
+    _check_latency(case, runtime)
+
+
 def autograd_rank() -> None:
     """Forward and backward against a dense formulation: y_t = sum over slots of weight * scale[expert] * x_t."""
     boot, device = join()

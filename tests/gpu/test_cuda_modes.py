@@ -28,6 +28,11 @@ def test_graphs(num_ranks: int) -> None:
     check("graph_rank", num_ranks, job=JOB)
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_latency_regime(num_ranks: int) -> None:
+    check("latency_rank", num_ranks, job=JOB)
+
+
 @pytest.mark.parametrize("num_ranks", [1, 3])
 def test_autograd(num_ranks: int) -> None:
     check("autograd_rank", num_ranks, job=JOB)

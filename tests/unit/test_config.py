@@ -59,6 +59,9 @@ def test_times_must_be_positive(name: str, value: Any) -> None:
         ({"hidden": 600_000}, "ring_bytes=524288 is below 4802048"),
         ({"arena_bytes": 2, "max_arena_bytes": 1}, "arena_bytes=2 is above max_arena_bytes=1"),
         ({"max_tokens": 2**31}, "max_tokens=2147483648 does not fit 32 bits"),
+        ({"num_sms": 16, "num_local_sms": 8}, "num_local_sms=8 is below num_sms=16"),
+        ({"decode_tokens": 1025}, "decode_tokens=1025 is above 1024"),
+        ({"decode_tokens": -1}, "decode_tokens=-1 is not an integer >= 1"),
         ({"transport": ""}, "transport='' is not a non-empty name"),
         ({"transport": 3}, "transport=3 is not a non-empty name"),
     ],
@@ -95,8 +98,9 @@ CHANGED: dict[str, Any] = {
     "max_in_flight": 2,
     "heartbeat_timeout_s": 5.0,
     "transport": "loopback",
+    "decode_tokens": 128,
 }
-LOCAL: dict[str, Any] = {"num_threads": 2, "arena_bytes": 4096, "timeout_s": 1.0}
+LOCAL: dict[str, Any] = {"num_threads": 2, "num_sms": 8, "num_local_sms": 64, "arena_bytes": 4096, "timeout_s": 1.0}
 
 
 def test_every_field_is_either_shared_or_local() -> None:

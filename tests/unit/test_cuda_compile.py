@@ -20,6 +20,8 @@ KERNELS = {
     "exchange": {"exchange"},
     "dispatch": {"dispatch"},
     "combine": {"combine_bf16", "combine_f32"},
+    "latency_dispatch": {"latency_dispatch"},
+    "latency_combine": {"latency_combine"},
     "push_limit": {"push_limit"},
 }
 
@@ -69,7 +71,12 @@ def test_a_struct_that_differs_does_not_compile(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_unknown_unit() -> None:
-    with pytest.raises(ConfigError, match=re.escape("unit='gate' is not one of exchange|dispatch|combine|push_limit")):
+    with pytest.raises(
+        ConfigError,
+        match=re.escape(
+            "unit='gate' is not one of exchange|dispatch|combine|latency_dispatch|latency_combine|push_limit"
+        ),
+    ):
         compile_unit("gate")
 
 

@@ -1,0 +1,249 @@
+"""The latency regime of the GPU executor: few tokens, one hop, static slots, no host in between."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from commlib.config import RuntimeConfig
+from commlib.cuda.calls import CASTS, DTYPES, ELEMENT_BYTES, check_capacity, check_routing, check_rows, check_tensor
+from commlib.cuda.launch import LATENCY_WARPS, Tuning, plan_combine, plan_dispatch
+from commlib.cuda.params import LatencyCombineCall, LatencyDispatchCall
+from commlib.errors import ConfigError
+from commlib.executor import CombineCall, DispatchCall
+from commlib.handle import Combined, Dispatched, Handle
+from commlib.layout import Layout, num_scales, record_bytes
+
+__all__ = ["LatencyHandle", "LatencyOps", "PendingLatency"]
+
+_SEND, _RECEIVE = 1, 2
+_REJECTED = 4
+_MAX_UNFINISHED = 2  # generations of slots
+_TUNING = Tuning(dispatch_warps=LATENCY_WARPS, combine_warps=LATENCY_WARPS)
+
+
+@dataclass
+class LatencyHandle:
+    """What a dispatch leaves behind, all of it on the device."""
+
+    num_tokens: int
+    num_rows: int
+    rows_per_expert: Any
+    expert_offset: Any
+    state: Any
+    masks: Any
+    owners: Any
+    records: Any
+    epoch: int = 0
+
+
+@dataclass
+class PendingLatency:
+    """A first half whose second half is to come."""
+
+    kind: str
+    runtime_id: int
+    params: Any
+    shared_bytes: int
+    result: Any
+    inputs: tuple[Any, ...] = field(default=())
+
+
+class LatencyOps:
+    """Both operations of the regime, for `CudaEngine`."""
+
+    def __init__(self, queue: Any) -> None:
+        self._queue = queue
+        self._regions = queue.arena.regions.latency() if queue.config.decode_tokens else None
+        self._unfinished = {"latency dispatch": 0, "latency combine": 0}
+
+    # ---- dispatch
+
+    def dispatch_send(self, call: DispatchCall) -> PendingLatency:
+        pending = self._dispatch(call, _SEND)
+        self._unfinished[pending.kind] += 1
+        return pending
+
+    def dispatch(self, call: DispatchCall) -> Dispatched:
+        result: Dispatched = self._dispatch(call, _SEND | _RECEIVE).result
+        return result
+
+    def _dispatch(self, call: DispatchCall, phases: int) -> PendingLatency:
+        queue = self._queue
+        queue.check_usable()
+        if self._regions is None:
+            raise ConfigError('regime="latency" needs a RuntimeConfig with decode_tokens')
+        self._check_unfinished("latency dispatch")
+        try:
+            pending = self._dispatch_op(call)
+        except ConfigError:
+            self._refuse(phases)
+            raise
+        self._launch(pending, phases)
+        return pending
+
+    def _dispatch_op(self, call: DispatchCall) -> PendingLatency:
+        queue, config, fp8 = self._queue, self._queue.config, call.fp8
+        if call.handle is not None or str(call.layout) != "grouped":
+            raise ConfigError('regime="latency" has fresh dispatches in layout "grouped" only')
+        alignment = config.expert_alignment if call.expert_alignment is None else call.expert_alignment
+        if not isinstance(alignment, int) or not 1 <= alignment < 2**20:
+            raise ConfigError(f"expert_alignment={alignment!r} is not an integer in 1..2^20-1")
+        x, _, code = check_rows(call.x, call.scales, fp8, queue.device, config, None)
+        num_tokens = int(x.shape[0])
+        if DTYPES[code] != "bfloat16" or num_tokens > config.decode_tokens:
+            raise ConfigError(
+                f'regime="latency" takes at most decode_tokens={config.decode_tokens} rows of bfloat16, '
+                f"not {num_tokens} of {DTYPES[code]}"
+            )
+        topk_idx, topk_weights = check_routing(
+            call.topk_idx, call.topk_weights, queue.device, (num_tokens, config.num_topk)
+        )
+        capacity = check_capacity(call.capacity) or self._most_rows(alignment)
+        handle = self._new_handle(num_tokens, capacity)
+        out_dtype = torch.bfloat16 if fp8 is None else torch.float8_e4m3fn
+        blocks = num_scales(config.hidden) if fp8 is not None else 0
+        rows = torch.empty(capacity, config.hidden, dtype=out_dtype, device=queue.device)
+        out_scales = torch.empty(capacity, blocks, dtype=torch.float32, device=queue.device) if blocks else None
+        weights = torch.empty(capacity, dtype=torch.float32, device=queue.device)
+        params = self._dispatch_params(x, topk_idx, topk_weights, handle, rows, out_scales, weights)
+        params.alignment, params.cast, params.dtype, params.num_scales = alignment, CASTS[fp8], code, blocks
+        launch = plan_dispatch(params.in_row_bytes, _TUNING, cast_element_bytes=ELEMENT_BYTES[code] if fp8 else 0)
+        params.piece_bytes, params.shared_offset = launch.piece_bytes, launch.shared_bytes
+        agreed = f"{code} {fp8} {alignment} {capacity}"
+        params.agreed = zlib.crc32(agreed.encode())
+        public = Handle(handle, Layout.GROUPED, queue.runtime_id)
+        result = Dispatched(rows, out_scales, weights, None, None, handle.rows_per_expert, public)
+        shared_bytes = launch.shared_bytes + self._block_bytes()
+        inputs = (x, topk_idx, topk_weights)
+        return PendingLatency("latency dispatch", queue.runtime_id, params, shared_bytes, result, inputs)
+
+    def _dispatch_params(
+        self, x: Any, topk_idx: Any, topk_weights: Any, handle: LatencyHandle, rows: Any, scales: Any, weights: Any
+    ) -> LatencyDispatchCall:
+        queue = self._queue
+        handle.epoch = ticket = queue.next_ticket()
+        return LatencyDispatchCall(
+            x=x.data_ptr(),
+            topk_idx=topk_idx.data_ptr(),
+            topk_weights=0 if topk_weights is None else topk_weights.data_ptr(),
+            refused=queue.refused_address,
+            rows=rows.data_ptr(),
+            scales=0 if scales is None else scales.data_ptr(),
+            weights=weights.data_ptr(),
+            records=handle.records.data_ptr(),
+            masks=handle.masks.data_ptr(),
+            owners=handle.owners.data_ptr(),
+            rows_per_expert=handle.rows_per_expert.data_ptr(),
+            expert_offset=handle.expert_offset.data_ptr(),
+            state=handle.state.data_ptr(),
+            ticket=ticket,
+            num_tokens=x.shape[0],
+            in_row_bytes=x.shape[1] * x.element_size(),
+            row_bytes=rows.shape[1] * rows.element_size(),
+            capacity=handle.num_rows,
+        )
+
+    def _refuse(self, phases: int) -> None:
+        """The others are told that this rank's input is bad: nothing moves."""
+        queue, config = self._queue, self._queue.config
+        handle = self._new_handle(0, 1)
+        nothing = torch.empty(0, config.hidden, dtype=torch.bfloat16, device=queue.device)
+        choices = torch.empty(0, config.num_topk, dtype=torch.int64, device=queue.device)
+        row = torch.empty(1, config.hidden, dtype=torch.bfloat16, device=queue.device)
+        params = self._dispatch_params(nothing, choices, None, handle, row, None, torch.empty_like(handle.state))
+        launch = plan_dispatch(params.in_row_bytes, _TUNING)
+        params.status, params.alignment, params.dtype = _REJECTED, 1, 1
+        params.piece_bytes, params.shared_offset = launch.piece_bytes, launch.shared_bytes
+        shared_bytes = launch.shared_bytes + self._block_bytes()
+        # Both halves: this rank's caller gets no pending operation whose second half it could ask for.
+        pending = PendingLatency("latency dispatch", queue.runtime_id, params, shared_bytes, (row, handle))
+        self._launch(pending, _SEND | _RECEIVE)
+
+    def _new_handle(self, num_tokens: int, capacity: int) -> LatencyHandle:
+        queue, config = self._queue, self._queue.config
+        ranks, experts, tokens = queue.num_ranks, config.num_experts // queue.num_ranks, config.decode_tokens
+        sizes = [experts, experts + 1, 1, ranks * -(-tokens // 32), max(1, num_tokens * config.num_topk)]
+        sizes.append(ranks * tokens * (record_bytes(config.num_topk) // 4))
+        words = torch.empty(sum(sizes), dtype=torch.int32, device=queue.device)
+        per_expert, offset, state, masks, owners, records = torch.split(words, sizes)
+        return LatencyHandle(num_tokens, capacity, per_expert, offset, state, masks, owners, records)
+
+    def _most_rows(self, alignment: int) -> int:
+        config: RuntimeConfig = self._queue.config
+        ranks: int = self._queue.num_ranks
+        experts = config.num_experts // ranks
+        return ranks * config.decode_tokens * min(config.num_topk, experts) + experts * (alignment - 1)
+
+    def _block_bytes(self) -> int:
+        """What the block shares: Choices, then Places in native/cuda/latency_dispatch.cu."""
+        config: RuntimeConfig = self._queue.config
+        ranks: int = self._queue.num_ranks
+        experts, local = config.num_experts, config.num_experts // ranks
+        return 4 * max(2 + experts * -(-config.decode_tokens // 32), ranks * experts + experts + 2 * local + 1)
+
+    # ---- combine
+
+    def combine_send(self, call: CombineCall) -> PendingLatency:
+        pending = self._combine(call, _SEND)
+        self._unfinished[pending.kind] += 1
+        return pending
+
+    def combine(self, call: CombineCall) -> Combined:
+        result: Combined = self._combine(call, _SEND | _RECEIVE).result
+        return result
+
+    def _combine(self, call: CombineCall, phases: int) -> PendingLatency:
+        queue, config = self._queue, self._queue.config
+        queue.check_usable()
+        self._check_unfinished("latency combine")
+        native: LatencyHandle = call.handle._native
+        shape = (native.num_rows, config.hidden)
+        y = check_tensor(call.y, "y", queue.device, ("bfloat16",), shape, f"[capacity={shape[0]}, {config.hidden}]")
+        weights = call.weights
+        if weights is not None:
+            weights = check_tensor(weights, "weights", queue.device, ("float32",), shape[:1], f"[capacity={shape[0]}]")
+        if call.weight_grads is not None:
+            raise ConfigError("the latency regime has no gradients")
+        out = torch.empty(native.num_tokens, config.hidden, dtype=torch.bfloat16, device=queue.device)
+        launch = plan_combine(2 * config.hidden, _TUNING)
+        params = LatencyCombineCall(
+            y=y.data_ptr(),
+            weights=0 if weights is None else weights.data_ptr(),
+            out=out.data_ptr(),
+            records=native.records.data_ptr(),
+            masks=native.masks.data_ptr(),
+            owners=native.owners.data_ptr(),
+            state=native.state.data_ptr(),
+            num_tokens=native.num_tokens,
+            row_bytes=2 * config.hidden,
+            piece_bytes=launch.piece_bytes,
+        )
+        result, inputs = Combined(out, None), (y, weights, call.handle)
+        pending = PendingLatency("latency combine", queue.runtime_id, params, launch.shared_bytes, result, inputs)
+        self._launch(pending, phases)
+        return pending
+
+    # ---- both
+
+    def receive(self, pending: PendingLatency, kind: str) -> Any:
+        """The second half of either."""
+        if pending.kind != kind or pending.runtime_id != self._queue.runtime_id:
+            raise ConfigError(f"the operation is a {pending.kind}, not a {kind} of this Runtime")
+        if self._unfinished[kind] == 0:
+            raise ConfigError(f"the {kind} has been received already")
+        self._unfinished[kind] -= 1
+        self._launch(pending, _RECEIVE)
+        return pending.result
+
+    def _check_unfinished(self, kind: str) -> None:
+        if self._unfinished[kind] >= _MAX_UNFINISHED:
+            raise ConfigError(f"{_MAX_UNFINISHED} {kind} operations are without their second half; receive one first")
+
+    def _launch(self, pending: PendingLatency, phases: int) -> None:
+        name = pending.kind.replace(" ", "_")
+        pending.params.phases = phases
+        self._queue.launch_latency(name, 32 * LATENCY_WARPS, pending.shared_bytes, self._regions, pending.params)

@@ -1,0 +1,121 @@
+// Combine in the latency regime: send (one partial row for every row that came) and add_up (one sum
+// for every own token). Send waits for nobody's rows.
+#include "cuda/latency.cuh"
+#include "cuda/sum.cuh"
+
+namespace commlib::cuda {
+
+struct LatencyCombineCall {
+  const uint8_t* y;
+  const float* weights;  // [row] or nullptr
+  uint8_t* out;
+  const uint8_t* records;  // of the handle, see LatencyDispatchCall
+  const uint32_t* masks;
+  const int32_t* owners;
+  const uint32_t* state;
+  uint32_t num_tokens, row_bytes, piece_bytes;
+  uint32_t phases;
+};
+
+namespace {
+
+// Role: the local rows of every token that came, local experts (and so rows) ascending.
+template <typename Sum>
+__device__ void send_partials(const Mesh& mesh, const LatencyRegions& regions,
+                              const LatencyCombineCall& call, WarpMemory& own, uint64_t epoch) {
+  const int lane = lane_id();
+  const uint32_t words = mask_words(regions), ranks = uint32_t(mesh.num_ranks);
+  const uint32_t step = gridDim.x * (blockDim.x / 32);
+  Sum sum(own.is_last, own.weights);
+  for (uint32_t i = blockIdx.x + gridDim.x * uint32_t(warp_id()); i < ranks * words * 32;
+       i += step) {
+    const int source = int((i + uint32_t(mesh.rank)) % ranks);
+    const uint32_t token = i / ranks;
+    if ((call.masks[uint32_t(source) * words + token / 32] >> token % 32 & 1) == 0) continue;
+    const uint8_t* record = call.records + (uint64_t(source) * regions.max_tokens + token) *
+                                               record_bytes(mesh.num_topk);
+    RecordEntry entry{-1, -1, 0.0f};
+    if (lane < mesh.num_topk) entry = record_entries(record)[lane];
+    float weight = 1.0f;
+    if (entry.row >= 0 && call.weights != nullptr) weight = call.weights[entry.row];
+    int from = 0;
+    const int count = order_lanes(entry.row >= 0 ? entry.row : kNothing, &from);
+    const uint64_t row = uint64_t(uint32_t(__shfl_sync(0xffffffffu, entry.row, from)));
+    weight = __shfl_sync(0xffffffffu, weight, from);
+    sum_rows(call.row_bytes, own, sum, partial_slot(mesh, regions, source, epoch, mesh.rank, token),
+             reinterpret_cast<uint64_t>(call.y + row * call.row_bytes), weight, count);
+    own.pipe.drain(sum);
+    tell_row(mesh, regions.partial_epoch, regions, lane == 0, source, token, uint32_t(epoch));
+    __syncwarp();
+  }
+}
+
+// Role: the own tokens; ranks ascending.
+template <typename T>
+__device__ void add_up(const Mesh& mesh, const LatencyRegions& regions,
+                       const LatencyCombineCall& call, WarpMemory& own, uint64_t epoch) {
+  const int lane = lane_id();
+  const uint32_t step = gridDim.x * (blockDim.x / 32);
+  Summer<T, false> sum(own.is_last, own.weights);
+  for (uint32_t token = blockIdx.x + gridDim.x * uint32_t(warp_id()); token < call.num_tokens;
+       token += step) {
+    int rank = -1;
+    if (lane < mesh.num_topk) rank = call.owners[uint64_t(token) * mesh.num_topk + lane];
+    const uint32_t same = __match_any_sync(0xffffffffu, rank >= 0 ? rank : -1 - lane);
+    const bool is_first = rank >= 0 && __ffs(int(same)) - 1 == lane;
+    bool has_come = true;
+    if (is_first)
+      has_come =
+          wait_row(mesh, regions.partial_epoch, regions, rank, token, uint32_t(epoch), kAddUp);
+    if (!__all_sync(0xffffffffu, has_come)) break;
+    fence_async_global();  // what the acquire made visible, before the bulk loads
+    __syncwarp();
+    const uint8_t* partial =
+        is_first ? partial_slot(mesh, regions, mesh.rank, epoch, rank, token) : nullptr;
+    int from = 0;
+    const int count = order_lanes(is_first ? rank : kNothing, &from);
+    const uint64_t term = __shfl_sync(0xffffffffu, reinterpret_cast<uint64_t>(partial), from);
+    uint8_t* out = call.out + uint64_t(token) * call.row_bytes;
+    for (uint32_t i = lane * 16; count == 0 && i < call.row_bytes; i += 512)
+      *reinterpret_cast<uint4*>(out + i) = make_uint4(0, 0, 0, 0);
+    sum_rows(call.row_bytes, own, sum, out, term, 1.0f, count);
+  }
+  own.pipe.drain(sum);
+}
+
+__device__ void fill_nan(const LatencyCombineCall& call) {
+  const uint64_t words = uint64_t(call.num_tokens) * call.row_bytes / 4;
+  for (uint64_t i = blockIdx.x * blockDim.x + threadIdx.x; i < words; i += gridDim.x * blockDim.x)
+    reinterpret_cast<uint32_t*>(call.out)[i] = 0x7fc07fc0u;
+}
+
+}  // namespace
+
+extern "C" __global__ void __launch_bounds__(384, 1)
+    latency_combine(const __grid_constant__ Mesh mesh,
+                    const __grid_constant__ LatencyRegions regions,
+                    const __grid_constant__ LatencyCombineCall call) {
+  extern __shared__ __align__(128) uint8_t memory[];
+  const Workspace& workspace = *mesh.workspace;
+  const uint64_t sent = workspace.latency_epochs[kCombineSent] + 1;
+  const uint64_t received = workspace.latency_epochs[kAddedUp] + 1;
+  const bool is_void = *call.state != 0;  // on all ranks alike
+  WarpMemory own = carve_sums(call.piece_bytes, memory);
+  if (threadIdx.x == 0 && is_faulty(mesh)) adopt_fault(mesh);
+  if (call.phases & kSend) {
+    if (!wait_room(mesh, regions.combine_done, sent)) return;
+    if (!is_void && call.weights != nullptr)
+      send_partials<Summer<uint16_t, true>>(mesh, regions, call, own, sent);
+    else if (!is_void)
+      send_partials<Summer<uint16_t, false>>(mesh, regions, call, own, sent);
+  }
+  if (call.phases & kReceive) {
+    if (is_void)
+      fill_nan(call);
+    else
+      add_up<uint16_t>(mesh, regions, call, own, received);
+  }
+  finish_latency(mesh, call.phases, kCombineSent, kAddedUp, regions.combine_done);
+}
+
+}  // namespace commlib::cuda

@@ -1,0 +1,37 @@
+// Dispatch in the latency regime: send (own rows, counts) and take_in (rows that came, to their
+// places). Send waits for nobody's rows.
+#include "cuda/latency_send.cuh"
+#include "cuda/latency_take_in.cuh"
+
+namespace commlib::cuda {
+
+extern "C" __global__ void __launch_bounds__(384, 1)
+    latency_dispatch(const __grid_constant__ Mesh mesh,
+                     const __grid_constant__ LatencyRegions regions,
+                     const __grid_constant__ LatencyDispatchCall call) {
+  extern __shared__ __align__(128) uint8_t memory[];
+  uint32_t* shared = reinterpret_cast<uint32_t*>(memory + call.shared_offset);
+  const Workspace& workspace = *mesh.workspace;
+  const uint64_t sent = workspace.latency_epochs[kDispatchSent] + 1;
+  const uint64_t received = workspace.latency_epochs[kTakenIn] + 1;
+  WarpMemory own = carve_rows(call.piece_bytes, call.cast, memory);
+  if (threadIdx.x == 0 && is_faulty(mesh)) adopt_fault(mesh);
+  if (call.phases & kSend) {
+    if (!wait_room(mesh, regions.dispatch_done, sent)) return;
+    const Choices choices = gather_choices(mesh, regions, call, shared);
+    send_messages(mesh, regions, call, choices, sent);
+    if (*choices.error == ~0ull) send_rows(mesh, regions, call, choices, own, sent);
+    __syncthreads();  // the choices are of no more use
+  }
+  if (call.phases & kReceive) {
+    Places places;
+    if (!find_places(mesh, regions, call, shared, received, &places)) return;
+    if (places.is_void == 0) {
+      take_in(mesh, regions, call, places, own, received);
+      clear_rest(mesh, call, places);
+    }
+  }
+  finish_latency(mesh, call.phases, kDispatchSent, kTakenIn, regions.dispatch_done);
+}
+
+}  // namespace commlib::cuda

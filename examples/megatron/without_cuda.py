@@ -29,7 +29,9 @@ class _Stream(torch.cpu.Stream):
 _all_to_all_single = dist.all_to_all_single
 
 
-def _all_to_all_with_lists(output: Any, input: Any, output_splits: Any = None, input_splits: Any = None, **kw: Any) -> Any:
+def _all_to_all_with_lists(
+    output: Any, input: Any, output_splits: Any = None, input_splits: Any = None, **kw: Any
+) -> Any:
     splits = {f"{key}_split_sizes": kw.pop(f"{key}_split_sizes", None) for key in ("output", "input")}
     for key, given in (("output", output_splits), ("input", input_splits)):
         sizes = given if given is not None else splits[f"{key}_split_sizes"]

@@ -100,9 +100,7 @@ class Case:
         self, job: Job, ys: Sequence[Tensor], **options: Sequence[Tensor] | None
     ) -> tuple[Tensor, Tensor | None]:
         """What comes home to this rank by the oracle."""
-        results = reference.combine(
-            ys, self.expected, self.work.topk_idx, self.work.num_experts, job.nodes, **options
-        )
+        results = reference.combine(ys, self.expected, self.work.topk_idx, self.work.num_experts, job.nodes, **options)
         return results[job.rank]
 
 

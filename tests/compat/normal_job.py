@@ -198,9 +198,8 @@ def lifetimes_rank(store: str, device: str = "cpu") -> None:
 
 
 def destroy_rank(store: str, device: str = "cpu") -> None:
-    with joined(store, device) as job:
-        with pytest.raises(ConfigError, match="explicitly_destroy"):
-            deep_ep.Buffer(job.group).destroy()
+    with joined(store, device) as job, pytest.raises(ConfigError, match="explicitly_destroy"):
+        deep_ep.Buffer(job.group).destroy()
     # A group whose buffers are all destroyed starts anew.
     with joined(f"{store}-2", device) as job:
         case = case_of(job, "masked")
@@ -246,9 +245,7 @@ def refused_rank(store: str) -> None:
         if job.rank == 1:
             idx[0, 1] = idx[0, 0]
         with pytest.raises(ConfigError, match="rank 1"):
-            buffer.dispatch(
-                x, topk_idx=idx, topk_weights=work.topk_weights[job.rank], num_tokens_per_expert=per_expert
-            )
+            buffer.dispatch(x, topk_idx=idx, topk_weights=work.topk_weights[job.rank], num_tokens_per_expert=per_expert)
         got = dispatch(buffer, job, case)
         check_received(job, case, got, "after an error")
         with pytest.raises(ConfigError, match="y has shape"):

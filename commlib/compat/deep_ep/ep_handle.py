@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cached_property
 from itertools import accumulate
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -15,7 +15,12 @@ from commlib.runtime import Runtime
 
 __all__ = ["EPHandle"]
 
-_NOT_COVERED = ("recv_src_metadata", "dst_buffer_slot_idx", "token_metadata_at_forward", "channel_linked_list")
+
+def _describes_buffers(name: str) -> property:
+    def refuse(self: Any) -> NoReturn:
+        raise NotImplementedError(f"commlib's deep_ep does not cover EPHandle.{name}: it describes DeepEP's buffers")
+
+    return property(refuse)
 
 
 class EPHandle:
@@ -95,9 +100,7 @@ class EPHandle:
     def _int32(self, values: Any) -> Tensor:
         return torch.tensor(list(values), dtype=torch.int32, device=self.topk_idx.device)
 
-    def __getattr__(self, name: str) -> Any:
-        if name in _NOT_COVERED:
-            raise NotImplementedError(
-                f"commlib's deep_ep does not cover EPHandle.{name}: it describes DeepEP's buffers"
-            )
-        raise AttributeError(f"EPHandle has no attribute {name!r}")
+    recv_src_metadata = _describes_buffers("recv_src_metadata")
+    dst_buffer_slot_idx = _describes_buffers("dst_buffer_slot_idx")
+    token_metadata_at_forward = _describes_buffers("token_metadata_at_forward")
+    channel_linked_list = _describes_buffers("channel_linked_list")

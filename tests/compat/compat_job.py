@@ -50,7 +50,11 @@ def joined(store: str, device: str = "cpu") -> Iterator[Job]:
         torch.cuda.set_device(place)
     per_node = int(os.environ.get("COMMLIB_RANKS_PER_NODE", size))
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=60)
+        "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=60),
     )
     yield Job(dist.group.WORLD, rank, size, tuple(r // per_node for r in range(size)), place)
     dist.barrier()

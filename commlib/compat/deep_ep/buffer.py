@@ -251,3 +251,6 @@ class Buffer(LowLatencyBuffer):
     # DeepEP's own names for the case of several nodes, which dispatch and combine handle as well.
     internode_dispatch = dispatch
     internode_combine = combine
+
+    dispatch_pcie = not_covered("dispatch_pcie", "ranks without NVLink use dispatch")
+    combine_pcie = not_covered("combine_pcie", "ranks without NVLink use combine")

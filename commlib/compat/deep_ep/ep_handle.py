@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from commlib.compat.deep_ep.rows import aligned_counts
+from commlib.compat.deep_ep.settings import not_covered
 from commlib.handle import Handle
 from commlib.runtime import Runtime
 
@@ -104,3 +105,4 @@ class EPHandle:
     dst_buffer_slot_idx = _describes_buffers("dst_buffer_slot_idx")
     token_metadata_at_forward = _describes_buffers("token_metadata_at_forward")
     channel_linked_list = _describes_buffers("channel_linked_list")
+    deterministic_sort = not_covered("EPHandle.deterministic_sort", "rows come in order")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -59,6 +60,14 @@ def joined(store: str, device: str = "cpu") -> Iterator[Job]:
     yield Job(dist.group.WORLD, rank, size, tuple(r // per_node for r in range(size)), place)
     dist.barrier()
     dist.destroy_process_group()
+
+
+def several(store: str, device: str, *targets: str) -> None:
+    """Runs "module:function_rank" after one another on this rank: to start processes takes longer than most of them."""
+    for number, target in enumerate(targets):
+        print(f"-- {target}", flush=True)
+        module, _, function = target.partition(":")
+        getattr(importlib.import_module(f"compat.{module}"), function)(f"{store}-{number}", device)
 
 
 def assert_bits(actual: Any, expected: Tensor | None, what: str) -> None:

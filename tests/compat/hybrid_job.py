@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from compat_job import HIDDEN, Case, Job, assert_bits, case_of, deep_ep, joined, weight_grads
+from compat.compat_job import HIDDEN, Case, Job, assert_bits, case_of, deep_ep, joined, weight_grads
 from torch import Tensor
 
 from commlib.compat.deep_ep.hybrid_ep_buffer import indices_to_map

@@ -5,6 +5,7 @@ Functions named *_rank run on every rank. Nothing of Megatron is changed; withou
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from compat_job import Job, joined
+from compat.compat_job import Job, joined
 from torch import Tensor
 
 from examples.megatron.without_cuda import use_cpu_in_place_of_cuda
@@ -46,6 +47,9 @@ def megatron(job: Job, expert_tensor_parallel: int) -> Iterator[None]:
         expert_tensor_parallel_size=expert_tensor_parallel,
     )
     yield
+    from megatron.core.transformer.moe.fused_a2a import reset_hybrid_ep_buffer
+
+    reset_hybrid_ep_buffer()  # a global of the client, for one group for ever
     parallel_state.destroy_model_parallel()
 
 
@@ -210,3 +214,11 @@ def tensor_parallel_rank(store: str, device: str = "cpu") -> None:
             settings = {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": backend}
             actual = run(job, make_layers(job, 1, 2, **settings), 9, torch.float32)
             check(job, expected, actual, f"{backend}, expert tensor parallel", num_terms=2 * NUM_TOPK)
+
+
+def example_rank(*arguments: str) -> None:
+    """examples/megatron, which says by its exit status whether its losses are those of the reference."""
+    from examples.megatron.__main__ import main
+
+    sys.argv = ["examples.megatron", *arguments]
+    sys.exit(main())

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from compat_job import HIDDEN, Case, Job, assert_bits, case_of, deep_ep, joined, weight_grads
+from compat.compat_job import HIDDEN, Case, Job, assert_bits, case_of, deep_ep, joined, weight_grads
 from torch import Tensor
 
 from commlib.errors import ConfigError
@@ -230,22 +230,22 @@ def tensor_parallel_rank(store: str, device: str = "cpu") -> None:
             check_again(job, buffer, case, got[4], 2)
 
 
-def refused_rank(store: str) -> None:
+def refused_rank(store: str, device: str = "cpu") -> None:
     """Errors are those of the Runtime, on all ranks, and the next call works."""
-    with joined(store) as job:
+    with joined(store, device) as job:
         buffer = deep_ep.Buffer(job.group)
         case = case_of(job, "uniform")
-        work, x = case.work, case.xs[job.rank]
-        idx = work.topk_idx[job.rank].clone()
+        work, x = case.work, job.here(case.xs[job.rank])
+        idx, weights = work.topk_idx[job.rank].clone(), job.here(work.topk_weights[job.rank])
         per_expert = torch.zeros(work.num_experts)
         with pytest.raises(NotImplementedError, match="by topk_idx and topk_weights"):
             buffer.dispatch(x, num_tokens_per_expert=per_expert)
         with pytest.raises(ConfigError, match="needs num_tokens_per_expert"):
-            buffer.dispatch(x, topk_idx=idx, topk_weights=work.topk_weights[job.rank])
+            buffer.dispatch(x, topk_idx=job.here(idx), topk_weights=weights)
         if job.rank == 1:
             idx[0, 1] = idx[0, 0]
         with pytest.raises(ConfigError, match="rank 1"):
-            buffer.dispatch(x, topk_idx=idx, topk_weights=work.topk_weights[job.rank], num_tokens_per_expert=per_expert)
+            buffer.dispatch(x, topk_idx=job.here(idx), topk_weights=weights, num_tokens_per_expert=per_expert)
         got = dispatch(buffer, job, case)
         check_received(job, case, got, "after an error")
         with pytest.raises(ConfigError, match="y has shape"):

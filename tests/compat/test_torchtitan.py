@@ -13,4 +13,4 @@ pytestmark = pytest.mark.multirank
 
 @pytest.mark.parametrize("function", ["first_version_rank", "second_version_rank"])
 def test_client(function: str, tmp_path: Path) -> None:
-    check_ranks(f"torchtitan_job:{function}", 2, args=[str(tmp_path / "store")])
+    check_ranks(f"compat.torchtitan_job:{function}", 2, args=[str(tmp_path / "store")])

@@ -14,7 +14,7 @@ from unittest import mock
 from zipfile import ZipFile
 
 import torch
-from compat_job import Job, joined
+from compat.compat_job import Job, joined
 from torch import Tensor
 
 NUM_EXPERTS = 8

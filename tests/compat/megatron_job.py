@@ -59,25 +59,25 @@ def make_layers(job: Job, count: int, expert_tensor_parallel: int, **settings: A
     from megatron.core.transformer.moe.moe_layer import MoELayer
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    config = TransformerConfig(
-        num_layers=count,
-        hidden_size=HIDDEN,
-        num_attention_heads=4,
-        num_moe_experts=NUM_EXPERTS,
-        ffn_hidden_size=96,
-        moe_ffn_hidden_size=96,
-        moe_router_topk=NUM_TOPK,
-        moe_router_dtype="fp32",
-        moe_router_load_balancing_type="none",
-        expert_model_parallel_size=job.size // expert_tensor_parallel,
-        expert_tensor_parallel_size=expert_tensor_parallel,
-        use_cpu_initialization=True,
-        add_bias_linear=False,
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        bias_activation_fusion=False,
-        **settings,
-    )
+    values: dict[str, Any] = {
+        "num_layers": count,
+        "hidden_size": HIDDEN,
+        "num_attention_heads": 4,
+        "num_moe_experts": NUM_EXPERTS,
+        "ffn_hidden_size": 96,
+        "moe_ffn_hidden_size": 96,
+        "moe_router_topk": NUM_TOPK,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "expert_model_parallel_size": job.size // expert_tensor_parallel,
+        "expert_tensor_parallel_size": expert_tensor_parallel,
+        "use_cpu_initialization": True,
+        "add_bias_linear": False,
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "bias_activation_fusion": False,
+    }
+    config = TransformerConfig(**{**values, **settings})
     submodules = get_gpt_layer_local_spec(num_experts=NUM_EXPERTS, moe_grouped_gemm=False).submodules.mlp.submodules
     layers = [MoELayer(config, submodules, layer_number=number + 1).to(job.device) for number in range(count)]
     for number, layer in enumerate(layers):

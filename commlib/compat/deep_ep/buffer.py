@@ -40,13 +40,14 @@ def dispatch_layout(topk_idx: Tensor, num_experts: int, num_ranks: int) -> tuple
     """
     if num_experts % num_ranks:
         raise ConfigError(f"num_experts={num_experts} is not divisible by num_ranks={num_ranks}")
-    num_tokens = topk_idx.shape[0]
-    # One column more, for -1.
-    table = topk_idx.new_zeros((num_tokens, num_experts + 1), dtype=torch.bool)
-    table.scatter_(1, torch.where(topk_idx < 0, num_experts, topk_idx), True)
-    in_expert = table[:, :num_experts]
-    in_rank = in_expert.reshape(num_tokens, num_ranks, num_experts // num_ranks).any(dim=2)
-    return in_rank.sum(0, dtype=torch.int32), in_expert.sum(0, dtype=torch.int32), in_rank
+    # -1 becomes num_experts, one place more than there are; it falls to a rank of its own.
+    expert = topk_idx.remainder(num_experts + 1)
+    rank = expert.div(num_experts // num_ranks, rounding_mode="floor")
+    one = torch.ones(1, dtype=torch.int32, device=topk_idx.device)
+    per_expert = one.new_zeros(num_experts + 1).scatter_add_(0, expert.flatten(), one.expand(expert.numel()))
+    in_rank = one.new_zeros((topk_idx.shape[0], num_ranks + 1), dtype=torch.bool).scatter_(1, rank, True)
+    in_rank = in_rank[:, :num_ranks].contiguous()
+    return in_rank.sum(0, dtype=torch.int32), per_expert[:num_experts], in_rank
 
 
 class Buffer(LowLatencyBuffer):

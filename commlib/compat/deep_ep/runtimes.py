@@ -55,7 +55,7 @@ class GroupRuntimes:
             config = RuntimeConfig(
                 hidden=shape.hidden, num_experts=shape.num_experts, num_topk=shape.num_topk, **limits
             )
-            runtime = self._runtimes[shape] = Runtime(self.group, config)
+            runtime = self._runtimes[shape] = Runtime(self.group, config, device=shape.device)
         return runtime
 
     def topology(self) -> Topology | None:

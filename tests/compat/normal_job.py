@@ -190,9 +190,11 @@ def lifetimes_rank(store: str, device: str = "cpu") -> None:
             buffer = deep_ep.Buffer(job.group)
             check_again(job, buffer, cases[i], handles[i], seed)
             check_combine(job, buffer, cases[i], handles[i], seed, has_grads=bool(i % 2))
+        deep_ep.Buffer.set_num_sms(6)
         other = case_of(job, "uniform", hidden=HIDDEN // 2)
         handle = dispatch(deep_ep.Buffer(job.group), job, other)[4]
         assert id(handle.runtime) not in runtimes, "another shape, another Runtime"
+        assert handle.runtime.config.num_sms == 6
         check_combine(job, deep_ep.Buffer(job.group), other, handle, 1, has_grads=True)
         check_combine(job, deep_ep.Buffer(job.group), cases[0], handles[0], 2, has_grads=True)
 

@@ -14,7 +14,9 @@ from commlib.compat.deep_ep.buffer import dispatch_layout
 from commlib.compat.deep_ep.low_latency import packed_exponents
 from commlib.compat.deep_ep.routing_map import Lines, indices_to_map, most_experts, to_lines
 from commlib.compat.deep_ep.rows import copied, plus_bias, resized, sent_back, split_scales
+from commlib.compat.deep_ep.runtimes import _without_limit
 from commlib.compat.deep_ep.utils.event import event_after, wait_for
+from commlib.config import RuntimeConfig
 from commlib.errors import ConfigError
 
 
@@ -73,6 +75,16 @@ def test_settings_are_kept() -> None:
         Buffer.set_num_sms(before)
     with pytest.raises(ValueError, match="needs a group or a comm"):
         Buffer(None)
+
+
+def test_runtimes_of_gpus_take_more_tokens_than_their_arena_is_sized_for() -> None:
+    told = RuntimeConfig(hidden=256, num_experts=8, num_topk=2, max_tokens=100)
+    config = _without_limit(told, 1, 4)
+    assert config.max_tokens == 65536 and config.arena_bytes is not None
+    # A balanced dispatch of the 100 tokens in FP32, in experts padded to 128, twice over; not one of 65536.
+    assert 2 * 2 * 128 * 1024 < config.arena_bytes < 65536 * 1024
+    told = RuntimeConfig(hidden=256, num_experts=8, num_topk=2, max_tokens=1 << 20, arena_bytes=1 << 20)
+    assert (_without_limit(told, 1, 4).max_tokens, _without_limit(told, 1, 4).arena_bytes) == (1 << 20, 1 << 20)
 
 
 def test_layout_of_uneven_experts_is_refused() -> None:

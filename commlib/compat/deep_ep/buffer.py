@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from commlib.compat.deep_ep.low_latency import LowLatencyBuffer
 from commlib.compat.deep_ep.rows import Input, aligned_counts, copied, plus_bias, received, sent_back, split_scales
-from commlib.compat.deep_ep.settings import DEFAULT_NUM_SMS, Config, not_covered
+from commlib.compat.deep_ep.settings import Config, not_covered
 from commlib.compat.deep_ep.utils.event import EventHandle, EventOverlap, event_after, wait_for
 from commlib.errors import ConfigError
 from commlib.handle import Handle
@@ -67,8 +67,6 @@ class Buffer(LowLatencyBuffer):
     The others have no meaning here. Raises ValueError without group and comm.
     """
 
-    num_sms: ClassVar[int] = DEFAULT_NUM_SMS
-
     def __init__(
         self,
         group: Any,
@@ -103,7 +101,7 @@ class Buffer(LowLatencyBuffer):
 
     @staticmethod
     def set_num_sms(new_num_sms: int) -> None:
-        """Kept in `Buffer.num_sms` and in configs. How many SMs work is up to the Runtime."""
+        """SMs that a kernel takes, in Runtimes that are opened from now on."""
         if new_num_sms % 2:
             raise ValueError(f"num_sms={new_num_sms} is odd; DeepEP's rule is an even number")
         Buffer.num_sms = new_num_sms
@@ -204,7 +202,7 @@ class Buffer(LowLatencyBuffer):
             raise NotImplementedError("commlib's deep_ep dispatches by topk_idx and topk_weights, not without them")
         if num_tokens_per_expert is None:
             raise ConfigError("dispatch needs num_tokens_per_expert: its length is the number of experts")
-        runtime = self._runtime(rows, num_tokens_per_expert.shape[0], topk_idx.shape[1])
+        runtime = self._runtime(rows, num_tokens_per_expert.shape[0], topk_idx.shape[1], num_sms=self.num_sms)
         got = runtime.dispatch(rows, topk_idx, topk_weights, scales=scales, layout=Layout.ROWS)
         num_rows = num_worst_tokens or got.handle.num_rows
         if num_rows < got.handle.num_rows:

@@ -122,7 +122,7 @@ class ElasticBuffer(OtherPrimitives, BufferBase):
     def get_theoretical_num_sms(
         self, num_experts: int, num_topk: int, num_scaleout_topk: int = 0, **bandwidths_gbs: float
     ) -> int:
-        """A constant. How many SMs work is up to the Runtime."""
+        """The default of RuntimeConfig."""
         return DEFAULT_NUM_SMS
 
     def get_theoretical_num_qps(self, num_sms: int) -> int:
@@ -167,6 +167,7 @@ class ElasticBuffer(OtherPrimitives, BufferBase):
             topk_weights: FP32 [num_tokens, num_topk] or None, then none are returned.
             cumulative_local_expert_recv_stats: int32 [local experts], increased by what arrives.
             num_experts: experts over all ranks; needed without `handle`.
+            num_sms: SMs that a kernel takes; counts in the first dispatch of a shape. 0 = the default.
             num_max_tokens_per_rank: for the number of rows without `do_cpu_sync`; None = the buffer's.
             expert_alignment: expanded: every expert's rows are padded to a multiple; else only counts are. None = 1.
             previous_event, previous_event_before_epilogue: waited for first.
@@ -197,7 +198,7 @@ class ElasticBuffer(OtherPrimitives, BufferBase):
             return recv, None, None, handle, event_after(async_with_compute_stream)
         if topk_idx is None or num_experts is None:
             raise ConfigError("dispatch needs topk_idx and num_experts, or a handle")
-        runtime = self._runtime(rows, num_experts, topk_idx.shape[1])
+        runtime = self._runtime(rows, num_experts, topk_idx.shape[1], num_sms=num_sms or DEFAULT_NUM_SMS)
         alignment = expert_alignment or 1
         got = runtime.dispatch(
             rows,

@@ -12,7 +12,7 @@ from commlib import bootstrap
 from commlib.compat.deep_ep.routing_map import Lines, indices_to_map, most_experts, to_lines
 from commlib.compat.deep_ep.rows import copied, resized, sent_back
 from commlib.compat.deep_ep.runtimes import BufferBase
-from commlib.compat.deep_ep.settings import not_covered
+from commlib.compat.deep_ep.settings import DEFAULT_NUM_SMS, not_covered
 from commlib.config import MAX_TOPK
 from commlib.errors import ConfigError
 from commlib.handle import Handle
@@ -52,6 +52,7 @@ class HybridEPBuffer(BufferBase):
         group: torch ProcessGroup.
         hidden_dim, max_num_of_tokens_per_rank, num_local_experts, use_fp8: shown in `configurer.buffer_config`, not
             binding.
+        num_sms_dispatch_api: SMs that a kernel takes, also of combine.
 
     The others have no meaning here.
     """
@@ -77,6 +78,7 @@ class HybridEPBuffer(BufferBase):
         super().__init__(group, explicitly_destroy=False, limits={})
         self.rank, self.group_size = self._rank, self._num_ranks
         self._num_topk: int | None = None
+        self._num_sms = num_sms_dispatch_api or DEFAULT_NUM_SMS
         self.configurer = SimpleNamespace(
             buffer_config=SimpleNamespace(
                 hidden_dim=hidden_dim,
@@ -144,7 +146,7 @@ class HybridEPBuffer(BufferBase):
         if handle is None:
             lines = self._lines(topk_idx, topk_weights, num_of_experts, routing_map, probs)
             has_probs = lines.topk_weights is not None
-            runtime = self._runtime(rows, lines.num_experts, lines.topk_idx.shape[1])
+            runtime = self._runtime(rows, lines.num_experts, lines.topk_idx.shape[1], num_sms=self._num_sms)
             got = runtime.dispatch(
                 lines.spread(rows),
                 lines.topk_idx,

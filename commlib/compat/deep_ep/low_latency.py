@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from commlib.compat.deep_ep.rows import Input
 from commlib.compat.deep_ep.runtimes import BufferBase
+from commlib.compat.deep_ep.settings import DEFAULT_NUM_SMS
 from commlib.compat.deep_ep.utils.event import EventOverlap, event_after
 from commlib.errors import ConfigError
 from commlib.handle import Dispatched, Handle
@@ -64,6 +65,8 @@ def packed_exponents(scales: Tensor) -> Tensor:
 
 class LowLatencyBuffer(BufferBase):
     """The low-latency methods of `Buffer`."""
+
+    num_sms: ClassVar[int] = DEFAULT_NUM_SMS
 
     def __init__(self, group: Any, *, explicitly_destroy: bool, limits: dict[str, Any]) -> None:
         super().__init__(group, explicitly_destroy=explicitly_destroy, limits=limits)
@@ -122,7 +125,7 @@ class LowLatencyBuffer(BufferBase):
         if x.shape[0] > num_max_dispatch_tokens_per_rank:
             raise ConfigError(f"{x.shape[0]} tokens exceed {num_max_dispatch_tokens_per_rank=}")
         topk_idx = self._without_masked(topk_idx, num_experts)
-        runtime = self._runtime(x, num_experts, topk_idx.shape[1])
+        runtime = self._runtime(x, num_experts, topk_idx.shape[1], num_sms=self.num_sms)
         fp8 = None if not use_fp8 else "pow2" if round_scale else "fp32"
         pending = runtime.dispatch_send(x, topk_idx, layout=Layout.GROUPED, expert_alignment=1, fp8=fp8)
         handle = LowLatencyHandle(
@@ -232,7 +235,7 @@ class LowLatencyBuffer(BufferBase):
     def _row_weights(self, x: Tensor, topk_weights: Tensor, handle: LowLatencyHandle) -> Any:
         """FP32 [rows] of the dispatch: the routing weight of each row, sent by the tokens' ranks."""
         idx = handle.topk_idx
-        runtime = self._runtime(x, handle.num_experts, idx.shape[1], hidden=_WEIGHTS_HIDDEN)
+        runtime = self._runtime(x, handle.num_experts, idx.shape[1], num_sms=self.num_sms, hidden=_WEIGHTS_HIDDEN)
         blank = x.new_zeros((idx.shape[0], _WEIGHTS_HIDDEN))
         return runtime.dispatch(blank, idx, topk_weights, layout=Layout.GROUPED, expert_alignment=1).row_weights
 

@@ -12,6 +12,7 @@ of their group is destroyed explicitly, and otherwise end with the process.
 from __future__ import annotations
 
 import atexit
+import dataclasses
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -20,10 +21,14 @@ from torch import Tensor
 
 from commlib.config import RuntimeConfig
 from commlib.errors import ConfigError
+from commlib.layout import default_arena_bytes
 from commlib.runtime import Runtime
 from commlib.topology import Topology
 
 __all__ = ["BufferBase", "GroupRuntimes", "Shape", "rank_and_size", "topology_of"]
+
+# Tokens of a rank and dispatch, where a Runtime has a limit: more than trainers send. It costs 16 bytes a slot.
+_MOST_TOKENS = 1 << 16
 
 
 class Shape(NamedTuple):
@@ -55,6 +60,8 @@ class GroupRuntimes:
             config = RuntimeConfig(
                 hidden=shape.hidden, num_experts=shape.num_experts, num_topk=shape.num_topk, **limits
             )
+            if shape.device.type != "cpu":
+                config = _without_limit(config, *rank_and_size(self.group))
             runtime = self._runtimes[shape] = Runtime(self.group, config, device=shape.device)
         return runtime
 
@@ -73,6 +80,12 @@ class GroupRuntimes:
 _groups: dict[int, GroupRuntimes] = {}
 # Before the interpreter takes modules apart, so that what is native ends in order.
 atexit.register(_groups.clear)
+
+
+def _without_limit(config: RuntimeConfig, rank: int, num_ranks: int) -> RuntimeConfig:
+    """On GPUs `max_tokens` is a limit besides what the arena is sized for, and clients do not always tell theirs."""
+    arena_bytes = config.arena_bytes or default_arena_bytes(config, Topology.uniform(num_ranks, num_ranks), rank)
+    return dataclasses.replace(config, max_tokens=max(config.max_tokens, _MOST_TOKENS), arena_bytes=arena_bytes)
 
 
 def rank_and_size(group: Any) -> tuple[int, int]:
@@ -131,9 +144,11 @@ class BufferBase:
             _groups.pop(id(self.group), None)
             runtimes.close()
 
-    def _runtime(self, x: Tensor, num_experts: int, num_topk: int, *, hidden: int | None = None) -> Runtime:
-        """The Runtime for tokens like `x` [num_tokens, hidden]."""
+    def _runtime(
+        self, x: Tensor, num_experts: int, num_topk: int, *, num_sms: int, hidden: int | None = None
+    ) -> Runtime:
+        """The Runtime for tokens like `x` [num_tokens, hidden]; `num_sms` counts if it is opened now."""
         if self._runtimes is None:
             raise ConfigError("this buffer is destroyed")
         shape = Shape(x.device, x.shape[1] if hidden is None else hidden, int(num_experts), int(num_topk))
-        return self._runtimes.get(shape, self._limits)
+        return self._runtimes.get(shape, {**self._limits, "num_sms": num_sms})

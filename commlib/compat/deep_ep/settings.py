@@ -8,11 +8,13 @@ from typing import Any, NoReturn
 
 import torch
 
+from commlib.config import RuntimeConfig
+
 __all__ = ["DEFAULT_NUM_SMS", "Config", "not_covered", "topk_idx_t"]
 
 topk_idx_t = torch.int64
 
-DEFAULT_NUM_SMS = 20
+DEFAULT_NUM_SMS = RuntimeConfig.num_sms
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ def main() -> int:
     """0, or 1 when the losses are not those of the reference."""
     arguments = parse_arguments()
     warnings.filterwarnings("ignore", module="megatron")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     ranks = connect()
     compat.install()  # from here on, `import deep_ep` finds commlib
     start_megatron(ranks.size)

@@ -195,6 +195,8 @@ def layer_rank(store: str, device: str = "cpu") -> None:
 
 def pipeline_rank(store: str, device: str = "cpu") -> None:
     """Two layers, three batches: with all of them in flight the results are those of one after another, bit by bit."""
+    if device != "cpu":  # Megatron adds up a token's rows with atomics otherwise
+        torch.use_deterministic_algorithms(True, warn_only=True)
     with joined(store, device) as job, megatron(job, 1):
         for backend in BACKENDS:
             settings = {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": backend}

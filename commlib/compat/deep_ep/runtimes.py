@@ -76,10 +76,19 @@ class GroupRuntimes:
                 stack.callback(runtime.close)
             self._runtimes = {}
 
+    def forget(self) -> None:
+        """Lets go of the Runtimes without a word to the other ranks; handles may still hold them."""
+        self._runtimes.clear()
+
 
 _groups: dict[int, GroupRuntimes] = {}
-# Before the interpreter takes modules apart, so that what is native ends in order.
-atexit.register(_groups.clear)
+
+
+@atexit.register
+def _forget_all() -> None:
+    """Before the interpreter takes modules apart, so that what is native ends in order."""
+    for runtimes in _groups.values():
+        runtimes.forget()
 
 
 def _without_limit(config: RuntimeConfig, rank: int, num_ranks: int) -> RuntimeConfig:

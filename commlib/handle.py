@@ -41,6 +41,10 @@ class Handle:
         """Tokens per expert over all ranks [num_experts]: what the bias update of the gate wants; no communication."""
         return list(self._native.load)
 
+    def num_tokens_per_rank(self) -> list[list[int]]:
+        """[source rank][rank]: distinct tokens of the source with an expert on the rank; no communication."""
+        return [list(row) for row in self._native.tokens_per_rank]
+
     def num_tokens_per_node(self) -> list[list[int]]:
         """[source rank][node]: distinct tokens of the source with an expert on the node."""
         return [list(row) for row in self._native.tokens_per_node]

@@ -159,13 +159,18 @@ def sanitize() -> Counts:
 
 
 def unit() -> Counts:
-    """Tests in one process, and whatever is not in tests/multirank."""
-    return pytest("unit", "tests", "--ignore=tests/multirank", "-m", "not gpu and not root")
+    """Tests in one process, and whatever is not in tests/multirank and tests/compat."""
+    return pytest("unit", "tests", "--ignore=tests/multirank", "--ignore=tests/compat", "-m", "not gpu and not root")
 
 
 def multirank() -> Counts:
     """Tests that start several ranks on this machine."""
     return pytest("multirank", "tests/multirank", "-m", "not gpu and not root")
+
+
+def compat() -> Counts:
+    """The stand-in for deep_ep, by itself and under trainers from PyPI."""
+    return pytest("compat", "tests/compat", "-m", "not gpu and not root")
 
 
 def openmpi() -> Counts:
@@ -198,6 +203,7 @@ STAGES: dict[str, Callable[[], Counts]] = {
     "sanitize": sanitize,
     "unit": unit,
     "multirank": multirank,
+    "compat": compat,
     "openmpi": openmpi,
     "nodes": nodes,
     "demo-smoke": demo_smoke,

@@ -84,6 +84,17 @@ void register_operations(nb::module_& module) {
                          load[size_t(e)] += counts.expert(s, e);
                      return load;
                    })
+      .def_prop_ro("tokens_per_rank",
+                   [](const HandleData& handle) {  // [source][rank]
+                     const RoutingCounts& counts = handle.counts;
+                     std::vector<std::vector<uint32_t>> table;
+                     for (int s = 0; s < counts.num_ranks; ++s) {
+                       table.emplace_back();
+                       for (int r = 0; r < counts.num_ranks; ++r)
+                         table.back().push_back(counts.rank(s, r));
+                     }
+                     return table;
+                   })
       .def_prop_ro("tokens_per_node", [](const HandleData& handle) {  // [source][node]
         const RoutingCounts& counts = handle.counts;
         std::vector<std::vector<uint32_t>> table;

@@ -95,6 +95,11 @@ class Case:
         assert_dispatched(got, self.expected[runtime.rank], f"rank {runtime.rank}, {self.name}")
         load = sum(idx.flatten().add(1).bincount(minlength=self.work.num_experts + 1)[1:] for idx in self.work.topk_idx)
         assert isinstance(load, Tensor) and got.handle.load() == load.tolist()
+        owners = [
+            torch.where(idx < 0, -1, idx // (self.work.num_experts // runtime.num_ranks)) for idx in self.work.topk_idx
+        ]
+        per_rank = [[int((owner == rank).any(dim=1).sum()) for rank in range(runtime.num_ranks)] for owner in owners]
+        assert got.handle.num_tokens_per_rank() == per_rank
 
     def combine(
         self,

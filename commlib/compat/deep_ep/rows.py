@@ -1,0 +1,95 @@
+"""Rows as clients hand them in and want them back: with scales, in a fixed number, with biases."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from commlib.layout import SCALE_BLOCK, align_up
+
+__all__ = [
+    "Input",
+    "aligned_counts",
+    "copied",
+    "join_scales",
+    "plus_bias",
+    "received",
+    "resized",
+    "sent_back",
+    "split_scales",
+]
+
+# BF16 or FP32 rows, or E4M3 rows with their scales.
+Input = Tensor | tuple[Tensor, Tensor]
+
+
+def split_scales(x: Input) -> tuple[Tensor, Tensor | None]:
+    """`x` as (rows, scales or None).
+
+    Raises:
+        NotImplementedError: scales other than one FP32 per token and 128 columns.
+    """
+    if isinstance(x, Tensor):
+        return x, None
+    rows, scales = x
+    num_tokens, hidden = rows.shape
+    if scales.dtype != torch.float32 or tuple(scales.shape) != (num_tokens, hidden // SCALE_BLOCK):
+        raise NotImplementedError(
+            f"commlib's deep_ep carries FP8 rows with float32 scales [{num_tokens}, {hidden // SCALE_BLOCK}] "
+            f"(1x{SCALE_BLOCK}), not {scales.dtype} {list(scales.shape)}"
+        )
+    return rows, scales
+
+
+def join_scales(rows: Tensor, scales: Tensor | None) -> Input:
+    """The inverse of `split_scales`."""
+    return rows if scales is None else (rows, scales)
+
+
+def resized(tensor: Tensor, num_rows: int, fill: float = 0) -> Tensor:
+    """The first `num_rows` of `tensor`, and rows of `fill` behind them if there are fewer. Copies only to add."""
+    have = tensor.shape[0]
+    if num_rows <= have:
+        return tensor[:num_rows]
+    if tensor.dtype == torch.float8_e4m3fn:  # few operations know it; +0 is all zero bits
+        return resized(tensor.view(torch.uint8), num_rows).view(tensor.dtype)
+    out = tensor.new_full((num_rows, *tensor.shape[1:]), fill)
+    out[:have] = tensor
+    return out
+
+
+def copied(tensor: Tensor, num_rows: int, fill: float = 0) -> Tensor:
+    """`resized`, always in memory of its own: a client that keeps a small array must not keep the rows, which lie in
+    the same slab of the arena.
+    """
+    out = resized(tensor, num_rows, fill)
+    return out.clone() if num_rows <= tensor.shape[0] else out
+
+
+def received(rows: Tensor, scales: Tensor | None, num_rows: int) -> Input:
+    """What a dispatch returned, in the number of rows that the client counts on."""
+    return join_scales(resized(rows, num_rows), None if scales is None else resized(scales, num_rows))
+
+
+def sent_back(tensor: Tensor, num_handed_out: int, num_rows: int) -> Tensor:
+    """What a client returns for combine, as the Runtime wants it: without the rows that `received` added, with zeros
+    for those it cut off. A wrong number of rows stays wrong, for the Runtime to refuse on all ranks.
+    """
+    return resized(tensor, num_rows) if tensor.shape[0] == num_handed_out else tensor
+
+
+def plus_bias(out: Tensor, bias: Tensor | tuple[Tensor, Tensor] | None) -> Tensor:
+    """`out` plus no, one or two biases of its shape, summed in FP32 and rounded once."""
+    if bias is None:
+        return out
+    total = out.float()
+    for each in (bias,) if isinstance(bias, Tensor) else bias:
+        total = total + each.float()
+    return total.to(out.dtype)
+
+
+def aligned_counts(num_tokens_per_expert: Sequence[int], alignment: int) -> list[int]:
+    """Every count rounded up to a multiple of `alignment`."""
+    return [align_up(count, alignment) for count in num_tokens_per_expert]

@@ -1,0 +1,1 @@
+"""Megatron-Core on commlib: python -m examples.megatron."""

@@ -40,7 +40,7 @@ class RuntimeConfig:
         num_sms: multiprocessors that a kernel of the GPU executor takes.
         num_local_sms: multiprocessors for work that stays on the GPU (expand, reduce), if more than `num_sms`.
         decode_tokens: most tokens of a rank in a call of the latency regime, for which slots are allocated at
-            construction (GPU only); 0: that regime is not used.
+            construction (GPU only); None: that regime is not used.
         chunk_tokens: tokens moved per signal over scale-up.
         chunk_bytes: bytes moved per put over scale-out (one row, if a row is larger).
         ring_bytes: bytes of one scale-out ring, which is also the most that is in flight to one peer. On links that
@@ -64,7 +64,7 @@ class RuntimeConfig:
     num_threads: int = 1
     num_sms: int = 24
     num_local_sms: int | None = None
-    decode_tokens: int = 0
+    decode_tokens: int | None = None
     chunk_tokens: int = 32
     chunk_bytes: int = 64 * 1024
     ring_bytes: int = 512 * 1024
@@ -77,7 +77,7 @@ class RuntimeConfig:
 
     def __post_init__(self) -> None:
         self._check_types()
-        if self.decode_tokens > MAX_DECODE_TOKENS:
+        if self.decode_tokens is not None and self.decode_tokens > MAX_DECODE_TOKENS:
             raise ConfigError(f"decode_tokens={self.decode_tokens} is above {MAX_DECODE_TOKENS}")
         for name in ("hidden", "num_experts", "max_tokens", "expert_alignment"):
             if getattr(self, name) > _MAX_INDEX:
@@ -113,9 +113,7 @@ class RuntimeConfig:
                 is_number = isinstance(value, int | float) and not isinstance(value, bool)
                 if not (is_number and math.isfinite(value) and value > 0):
                     raise ConfigError(f"{field.name}={value!r} is not a finite number of seconds > 0")
-            elif (field.name in ("arena_bytes", "num_local_sms") and value is None) or (
-                field.name == "decode_tokens" and value == 0 and not isinstance(value, bool)
-            ):
+            elif field.name in ("arena_bytes", "num_local_sms", "decode_tokens") and value is None:
                 continue
             elif not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{field.name}={value!r} is not an integer >= 1")
@@ -130,7 +128,7 @@ class RuntimeConfig:
         }
         return dataclasses.replace(self, **{k: v for k, v in overrides.items() if v is not None})  # type: ignore[arg-type]
 
-    def shared(self) -> dict[str, int | str]:
+    def shared(self) -> dict[str, int | str | None]:
         """The fields that must be equal on all ranks."""
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in _LOCAL_FIELDS}
 

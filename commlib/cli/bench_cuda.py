@@ -56,7 +56,7 @@ class CudaBench:
             max_tokens=shape.num_tokens,
             num_sms=num_sms,
             num_local_sms=self.num_local_sms,
-            decode_tokens=arguments.decode_tokens,
+            decode_tokens=arguments.decode_tokens or None,
             timeout_s=20.0,
         )
         self.lines: list[dict[str, Any]] = []
@@ -164,7 +164,7 @@ class CudaBench:
             graph: Any = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 result = call()
-            times = self._timed(lambda _, graph=graph: graph.replay(), None)
+            times = self._timed(partial(_replay, graph), None)
             if name.startswith("decode dispatch"):
                 rows.check_counted(0, result, "pow2")
             else:
@@ -265,3 +265,7 @@ class CudaBench:
 
 def _push(limit: PushLimit, prepared: Any, _: int) -> None:
     limit.push(prepared)
+
+
+def _replay(graph: Any, _: int) -> None:
+    graph.replay()

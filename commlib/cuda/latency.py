@@ -57,7 +57,8 @@ class LatencyOps:
 
     def __init__(self, queue: Any) -> None:
         self._queue = queue
-        self._regions = queue.arena.regions.latency() if queue.config.decode_tokens else None
+        self._max_tokens: int = queue.config.decode_tokens or 0
+        self._regions = queue.arena.regions.latency() if self._max_tokens else None
         self._unfinished = {"latency dispatch": 0, "latency combine": 0}
 
     # ---- dispatch
@@ -94,9 +95,9 @@ class LatencyOps:
             raise ConfigError(f"expert_alignment={alignment!r} is not an integer in 1..2^20-1")
         x, _, code = check_rows(call.x, call.scales, fp8, queue.device, config, None)
         num_tokens = int(x.shape[0])
-        if DTYPES[code] != "bfloat16" or num_tokens > config.decode_tokens:
+        if DTYPES[code] != "bfloat16" or num_tokens > self._max_tokens:
             raise ConfigError(
-                f'regime="latency" takes at most decode_tokens={config.decode_tokens} rows of bfloat16, '
+                f'regime="latency" takes at most decode_tokens={self._max_tokens} rows of bfloat16, '
                 f"not {num_tokens} of {DTYPES[code]}"
             )
         topk_idx, topk_weights = check_routing(
@@ -165,7 +166,7 @@ class LatencyOps:
 
     def _new_handle(self, num_tokens: int, capacity: int) -> LatencyHandle:
         queue, config = self._queue, self._queue.config
-        ranks, experts, tokens = queue.num_ranks, config.num_experts // queue.num_ranks, config.decode_tokens
+        ranks, experts, tokens = queue.num_ranks, config.num_experts // queue.num_ranks, self._max_tokens
         sizes = [experts, experts + 1, 1, ranks * -(-tokens // 32), max(1, num_tokens * config.num_topk)]
         sizes.append(ranks * tokens * (record_bytes(config.num_topk) // 4))
         words = torch.empty(sum(sizes), dtype=torch.int32, device=queue.device)
@@ -176,14 +177,14 @@ class LatencyOps:
         config: RuntimeConfig = self._queue.config
         ranks: int = self._queue.num_ranks
         experts = config.num_experts // ranks
-        return ranks * config.decode_tokens * min(config.num_topk, experts) + experts * (alignment - 1)
+        return ranks * self._max_tokens * min(config.num_topk, experts) + experts * (alignment - 1)
 
     def _block_bytes(self) -> int:
         """What the block shares: Choices, then Places in native/cuda/latency_dispatch.cu."""
         config: RuntimeConfig = self._queue.config
         ranks: int = self._queue.num_ranks
         experts, local = config.num_experts, config.num_experts // ranks
-        return 4 * max(2 + experts * -(-config.decode_tokens // 32), ranks * experts + experts + 2 * local + 1)
+        return 4 * max(2 + experts * -(-self._max_tokens // 32), ranks * experts + experts + 2 * local + 1)
 
     # ---- combine
 

@@ -73,7 +73,7 @@ class Regions:
     def _latency_regions(self) -> dict[str, int]:
         """Of the latency regime: two generations of slots for rows, counts and partial rows of BF16."""
         ranks, tokens = self.num_ranks, self.config.decode_tokens
-        if tokens == 0:
+        if tokens is None:
             return {}
         sizes = self.latency_sizes()
         return {
@@ -92,7 +92,7 @@ class Regions:
         config = self.config
         row_bytes = align_up(2 * config.hidden, 16)
         record_offset = row_bytes + align_up(4 * (config.hidden // SCALE_BLOCK), 16)
-        mask_bytes = 4 * -(-config.decode_tokens // 32)
+        mask_bytes = 4 * -(-(config.decode_tokens or 0) // 32)
         return {
             "scales_offset": row_bytes,
             "record_offset": record_offset,

@@ -64,7 +64,7 @@ class OpQueue:
             self._page = HostPage(boot, connect_timeout_s)
             regions = Regions(config, boot.size)
             heap_bytes = config.arena_bytes or default_heap_bytes(config, boot.size)
-            self._kernels = load_executor_kernels(has_latency=config.decode_tokens > 0)
+            self._kernels = load_executor_kernels(has_latency=config.decode_tokens is not None)
             self._settle_bytes = settle_bytes(config.num_experts, boot.size, 0, EXCHANGE_THREADS // 32)
             self.arena = Arena(boot, self._page, regions, heap_bytes, connect_timeout_s)
             self._stream: Any = torch.cuda.Stream(priority=-1)  # type: ignore[no-untyped-call]

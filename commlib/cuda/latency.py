@@ -10,7 +10,7 @@ import torch
 
 from commlib.config import RuntimeConfig
 from commlib.cuda.calls import CASTS, DTYPES, ELEMENT_BYTES, check_capacity, check_routing, check_rows, check_tensor
-from commlib.cuda.launch import LATENCY_WARPS, Tuning, plan_combine, plan_dispatch
+from commlib.cuda.launch import LATENCY_WARPS, MAX_SHARED_BYTES, plan_latency
 from commlib.cuda.params import LatencyCombineCall, LatencyDispatchCall
 from commlib.errors import ConfigError
 from commlib.executor import CombineCall, DispatchCall
@@ -22,7 +22,6 @@ __all__ = ["LatencyHandle", "LatencyOps", "PendingLatency"]
 _SEND, _RECEIVE = 1, 2
 _REJECTED = 4
 _MAX_UNFINISHED = 2  # generations of slots
-_TUNING = Tuning(dispatch_warps=LATENCY_WARPS, combine_warps=LATENCY_WARPS)
 
 
 @dataclass
@@ -112,13 +111,13 @@ class LatencyOps:
         weights = torch.empty(capacity, dtype=torch.float32, device=queue.device)
         params = self._dispatch_params(x, topk_idx, topk_weights, handle, rows, out_scales, weights)
         params.alignment, params.cast, params.dtype, params.num_scales = alignment, CASTS[fp8], code, blocks
-        launch = plan_dispatch(params.in_row_bytes, _TUNING, cast_element_bytes=ELEMENT_BYTES[code] if fp8 else 0)
+        launch, _ = plan_latency(params.in_row_bytes, cast_element_bytes=ELEMENT_BYTES[code] if fp8 else 0)
         params.piece_bytes, params.shared_offset = launch.piece_bytes, launch.shared_bytes
         agreed = f"{code} {fp8} {alignment} {capacity}"
         params.agreed = zlib.crc32(agreed.encode())
         public = Handle(handle, Layout.GROUPED, queue.runtime_id)
         result = Dispatched(rows, out_scales, weights, None, None, handle.rows_per_expert, public)
-        shared_bytes = launch.shared_bytes + self._block_bytes()
+        shared_bytes = self._check_shared(launch.shared_bytes + self._block_bytes())
         inputs = (x, topk_idx, topk_weights)
         return PendingLatency("latency dispatch", queue.runtime_id, params, shared_bytes, result, inputs)
 
@@ -156,7 +155,7 @@ class LatencyOps:
         choices = torch.empty(0, config.num_topk, dtype=torch.int64, device=queue.device)
         row = torch.empty(1, config.hidden, dtype=torch.bfloat16, device=queue.device)
         params = self._dispatch_params(nothing, choices, None, handle, row, None, torch.empty_like(handle.state))
-        launch = plan_dispatch(params.in_row_bytes, _TUNING)
+        launch, _ = plan_latency(params.in_row_bytes)
         params.status, params.alignment, params.dtype = _REJECTED, 1, 1
         params.piece_bytes, params.shared_offset = launch.piece_bytes, launch.shared_bytes
         shared_bytes = launch.shared_bytes + self._block_bytes()
@@ -184,7 +183,8 @@ class LatencyOps:
         config: RuntimeConfig = self._queue.config
         ranks: int = self._queue.num_ranks
         experts, local = config.num_experts, config.num_experts // ranks
-        return 4 * max(2 + experts * -(-self._max_tokens // 32), ranks * experts + experts + 2 * local + 1)
+        words = -(-self._max_tokens // 32)
+        return 4 * max(2 + experts * words, ranks * experts + experts + 2 * local + 1 + ranks * words)
 
     # ---- combine
 
@@ -210,7 +210,7 @@ class LatencyOps:
         if call.weight_grads is not None:
             raise ConfigError("the latency regime has no gradients")
         out = torch.empty(native.num_tokens, config.hidden, dtype=torch.bfloat16, device=queue.device)
-        launch = plan_combine(2 * config.hidden, _TUNING)
+        _, launch = plan_latency(2 * config.hidden)
         params = LatencyCombineCall(
             y=y.data_ptr(),
             weights=0 if weights is None else weights.data_ptr(),
@@ -243,6 +243,14 @@ class LatencyOps:
     def _check_unfinished(self, kind: str) -> None:
         if self._unfinished[kind] >= _MAX_UNFINISHED:
             raise ConfigError(f"{_MAX_UNFINISHED} {kind} operations are without their second half; receive one first")
+
+    def _check_shared(self, shared_bytes: int) -> int:
+        if shared_bytes > MAX_SHARED_BYTES:
+            raise ConfigError(
+                f"decode_tokens={self._max_tokens} with num_experts={self._queue.config.num_experts} needs {shared_bytes} "
+                f"bytes of shared memory, a block has {MAX_SHARED_BYTES}"
+            )
+        return shared_bytes
 
     def _launch(self, pending: PendingLatency, phases: int) -> None:
         name = pending.kind.replace(" ", "_")

@@ -11,18 +11,21 @@ from commlib.layout import SCALE_BLOCK, align_up
 
 __all__ = [
     "LATENCY_WARPS",
+    "MAX_PARTS",
     "MAX_SHARED_BYTES",
     "Launch",
     "Tuning",
     "plan_combine",
     "plan_dispatch",
+    "plan_latency",
     "push_limit_bytes",
     "settle_bytes",
 ]
 
 MAX_SHARED_BYTES = 226 * 1024  # dynamic, of one block on compute capability 9.0; 1 KiB is left for static variables
 STAGES = 4  # kStages in native/cuda
-LATENCY_WARPS = 12  # of a block in the latency regime: a token each
+LATENCY_WARPS = 12  # of a block in the latency regime: a part of a row each
+MAX_PARTS = 16  # of a row there, kMaxParts in native/cuda/latency.cuh
 _WARP_ALIGNMENT = 128  # RowPipe::kAlignment
 _MAX_COMBINE_PIECE = 7 * 512  # kVectors in native/cuda/combine.cu: what a warp sums in registers
 _GOOD_UNIT = 512  # pieces that are multiples of this start on whole lines: a third slower otherwise
@@ -106,6 +109,24 @@ def plan_combine(row_bytes: int, tuning: Tuning) -> Launch:
         if shared_bytes <= MAX_SHARED_BYTES:
             return Launch(warps=tuning.combine_warps, piece_bytes=piece, shared_bytes=shared_bytes)
     raise ConfigError(f"{tuning} leaves no shared memory for rows of {row_bytes} bytes")
+
+
+def plan_latency(row_bytes: int, *, cast_element_bytes: int = 0) -> tuple[Launch, Launch]:
+    """Dispatch and combine of the latency regime: a row is cut into parts, one piece each.
+
+    Args:
+        row_bytes: of a row of BF16.
+        cast_element_bytes: 2 if rows are cast to FP8 on the way, else 0.
+
+    Raises:
+        ConfigError: rows are no multiple of 16 bytes, or wider than `MAX_PARTS` parts.
+    """
+    tuning = Tuning(dispatch_warps=LATENCY_WARPS, combine_warps=LATENCY_WARPS)
+    launches = plan_dispatch(row_bytes, tuning, cast_element_bytes=cast_element_bytes), plan_combine(row_bytes, tuning)
+    for launch in launches:
+        if row_bytes > MAX_PARTS * launch.piece_bytes:
+            raise ConfigError(f"rows of {row_bytes} bytes are too wide for the latency regime: {launch}")
+    return launches
 
 
 def settle_bytes(num_experts: int, num_ranks: int, count_blocks: int, warps: int) -> int:

@@ -17,6 +17,7 @@ from commlib.bootstrap import Bootstrap
 from commlib.bootstrap.agreement import allgather_or_raise
 from commlib.config import RuntimeConfig
 from commlib.cuda.host_page import HostPage
+from commlib.cuda.launch import MAX_PARTS
 from commlib.cuda.params import ExchangeHeader, FaultNote, LatencyMessage, LatencyRegions, sizeof
 from commlib.errors import CapacityError, TransportError
 from commlib.layout import SCALE_BLOCK, align_up, format_bytes, record_bytes
@@ -80,9 +81,9 @@ class Regions:
             "slots": 2 * ranks * tokens * sizes["slot_bytes"],
             "messages": 2 * ranks * sizes["message_bytes"],
             "message_epoch": ranks * _LINE,
-            "row_epoch": ranks * tokens * 4,
+            "row_epoch": ranks * tokens * MAX_PARTS * 4,
             "partials": 2 * ranks * tokens * sizes["partial_bytes"],
-            "partial_epoch": ranks * tokens * 4,
+            "partial_epoch": ranks * tokens * MAX_PARTS * 4,
             "dispatch_done": ranks * _LINE,
             "combine_done": ranks * _LINE,
         }

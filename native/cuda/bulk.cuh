@@ -133,6 +133,12 @@ struct RowPipe {
     ++stored;
   }
 
+  // Waits for what is being loaded and stores none of it: loads must not outlive the block.
+  __device__ void abandon() {
+    for (; stored < loaded; ++stored)
+      wait_barrier(ready + stored % kStages, (stored / kStages) & 1);
+  }
+
   // Stores what is loaded and waits until all of it has been written.
   template <typename Transform>
   __device__ void drain(Transform& transform) {
@@ -140,6 +146,12 @@ struct RowPipe {
     bulk_wait<0>();
     __syncwarp();
   }
+};
+
+// uint32 [writer][number] in every rank's control region: epoch in which the writer's row came.
+struct Flags {
+  uint64_t offset;
+  uint32_t per_writer;
 };
 
 // Rows of a warp that are on their way to peers, and the flags that will tell of their arrival.
@@ -177,10 +189,9 @@ struct Announcer {
     __syncwarp();
   }
 
-  // Tells of rows whose pieces are old enough, if they make a batch. `flags`: offset of
-  // [rank][record] words.
+  // Tells of rows whose pieces are old enough, if they make a batch.
   template <typename Pipe>
-  __device__ void tell(const Mesh& mesh, uint64_t flags, uint32_t epoch, const Pipe& pipe) {
+  __device__ void tell(const Mesh& mesh, const Flags& flags, uint32_t epoch, const Pipe& pipe) {
     uint32_t complete = told;
     while (complete < added && ends[complete % kRows] + kLag <= pipe.stored) ++complete;
     if (complete - told < kBatch && added - told < kRows) return;
@@ -189,11 +200,11 @@ struct Announcer {
   }
 
   // After drain(): all of them.
-  __device__ void tell_all(const Mesh& mesh, uint64_t flags, uint32_t epoch) {
+  __device__ void tell_all(const Mesh& mesh, const Flags& flags, uint32_t epoch) {
     tell_until(mesh, flags, epoch, added);
   }
 
-  __device__ void tell_until(const Mesh& mesh, uint64_t flags, uint32_t epoch, uint32_t end) {
+  __device__ void tell_until(const Mesh& mesh, const Flags& flags, uint32_t epoch, uint32_t end) {
     if (told == end) return;
     __syncwarp();
     fence_system();  // partner: the acquire in wait_arrived at the receiver
@@ -202,8 +213,8 @@ struct Announcer {
           lane_id() < kLanes ? places[told % kRows * kLanes + uint32_t(lane_id())] : kNobody;
       if (where == kNobody) continue;
       const uint64_t record = where & ((1u << kNumberBits) - 1);
-      uint32_t* words = at<uint32_t>(mesh, int(where >> kNumberBits), flags);
-      store_relaxed(words + uint64_t(mesh.rank) * mesh.max_tokens + record, epoch);
+      uint32_t* words = at<uint32_t>(mesh, int(where >> kNumberBits), flags.offset);
+      store_relaxed(words + uint64_t(mesh.rank) * flags.per_writer + record, epoch);
     }
     __syncwarp();  // places may be overwritten
   }

@@ -59,7 +59,7 @@ __device__ void final_reduce(const Mesh& mesh, const CombineCall& call, WarpMemo
     uint8_t* out = call.out + uint64_t(token) * call.row_bytes;
     for (uint32_t i = lane * 16; count == 0 && i < call.row_bytes; i += 512)
       *reinterpret_cast<uint4*>(out + i) = make_uint4(0, 0, 0, 0);
-    sum_rows(call.row_bytes, own, sum, out, term, 1.0f, count);
+    sum_rows(0, call.row_bytes, own, sum, out, term, 1.0f, count);
     token = next_token;
     route = next_route;
   }

@@ -5,12 +5,13 @@
 // said that it has taken the rows in (dispatch_done, combine_done).
 #pragma once
 
-#include "cuda/wait.cuh"
+#include "cuda/bulk.cuh"
 #include "layout/record.hpp"
 
 namespace commlib::cuda {
 
 enum LatencyCounter { kDispatchSent = 0, kTakenIn = 1, kCombineSent = 2, kAddedUp = 3 };
+constexpr uint32_t kMaxParts = 16;  // of a row, each the work of one warp
 enum LatencyPhase : uint32_t { kSend = 1, kReceive = 2 };
 constexpr uint32_t kDisagree = 5;  // a Status: the ranks' calls differ
 
@@ -19,9 +20,9 @@ struct LatencyRegions {
   uint64_t slots;          // [generation][source][token] row, scales, record
   uint64_t messages;       // [generation][source]
   uint64_t message_epoch;  // [source] line
-  uint64_t row_epoch;      // [source][token] uint32: newest epoch whose row lies in its slot
+  uint64_t row_epoch;      // [source][token][part] uint32: newest epoch that lies in the slot
   uint64_t partials;       // [generation][writer][token] row
-  uint64_t partial_epoch;  // [writer][token] uint32
+  uint64_t partial_epoch;  // [writer][token][part] uint32
   uint64_t dispatch_done;  // [rank] line: newest epoch whose rows that rank has taken in
   uint64_t combine_done;   // [rank] line
   uint32_t max_tokens;
@@ -62,6 +63,13 @@ struct LatencyDispatchCall {
   uint32_t shared_offset;  // of what the block shares, behind the warps' memory
 };
 
+__device__ inline Flags row_flags(const LatencyRegions& regions) {
+  return {regions.row_epoch, regions.max_tokens * kMaxParts};
+}
+__device__ inline Flags partial_flags(const LatencyRegions& regions) {
+  return {regions.partial_epoch, regions.max_tokens * kMaxParts};
+}
+
 __device__ inline uint32_t mask_words(const LatencyRegions& regions) {
   return (regions.max_tokens + 31) / 32;
 }
@@ -93,27 +101,33 @@ __device__ inline uint8_t* partial_slot(const Mesh& mesh, const LatencyRegions& 
   return at<uint8_t>(mesh, rank, regions.partials + place * regions.partial_bytes);
 }
 
-// "This row came in this epoch or, its place being taken again, a later one": one writer, never
+// "This part came in this epoch or, its place being taken again, a later one": one writer, never
 // reset. Epochs are compared as numbers on a circle.
-__device__ inline bool wait_row(const Mesh& mesh, uint64_t flags, const LatencyRegions& regions,
-                                int writer, uint32_t token, uint32_t epoch, Phase phase) {
+__device__ inline bool wait_part(const Mesh& mesh, const Flags& flags, int writer, uint32_t number,
+                                 uint32_t epoch, Phase phase) {
   const uint32_t* flag =
-      at<uint32_t>(mesh, mesh.rank, flags) + uint64_t(writer) * regions.max_tokens + token;
+      at<uint32_t>(mesh, mesh.rank, flags.offset) + uint64_t(writer) * flags.per_writer + number;
   return wait_until(mesh, {phase, writer, epoch, epoch}, [=](uint64_t* seen) {
-    const uint32_t value = load_acquire(flag);  // partner: tell_row at the writer
+    const uint32_t value = load_acquire(flag);  // partner: Announcer::tell_until at the writer
     *seen = value;
     return int32_t(value - epoch) >= 0;
   });
 }
 
-// After the bulk stores of the row are complete. Lanes with is_target tell their rank.
-__device__ inline void tell_row(const Mesh& mesh, uint64_t flags, const LatencyRegions& regions,
-                                bool is_target, int rank, uint32_t token, uint32_t epoch) {
-  fence_system();  // partner: the acquire in wait_row at the receiver
-  if (is_target)
-    store_relaxed(
-        at<uint32_t>(mesh, rank, flags) + uint64_t(mesh.rank) * regions.max_tokens + token, epoch);
-}
+// Parts of rows that a grid's warps take in turn, first the same part of all blocks.
+struct PartTasks {
+  uint32_t number, end, step, parts;
+
+  __device__ PartTasks(uint32_t rows, uint32_t parts_of_row)
+      : number(blockIdx.x + gridDim.x * uint32_t(warp_id())),
+        end(rows * parts_of_row),
+        step(gridDim.x * (blockDim.x / 32)),
+        parts(parts_of_row) {}
+  __device__ bool has_one() const { return number < end; }
+  __device__ uint32_t row() const { return number / parts; }
+  __device__ uint32_t part() const { return number % parts; }
+  __device__ void next() { number += step; }
+};
 
 // Every thread of the block. False: the Runtime is faulty.
 __device__ inline bool wait_lines(const Mesh& mesh, uint64_t lines, uint64_t epoch, Phase phase) {
@@ -132,7 +146,7 @@ __device__ inline bool wait_lines(const Mesh& mesh, uint64_t lines, uint64_t epo
 // One thread, after all that it vouches for.
 __device__ inline void tell_line(const Mesh& mesh, uint64_t lines, int rank, uint64_t epoch) {
   fence_system();
-  store_release(at<uint64_t>(mesh, rank, lines + kLine * mesh.rank), epoch);
+  commlib::store_relaxed(at<uint64_t>(mesh, rank, lines + kLine * mesh.rank), epoch);
 }
 
 // The slots of the operation before the last are free at all ranks.
@@ -144,15 +158,21 @@ __device__ inline bool wait_room(const Mesh& mesh, uint64_t done, uint64_t epoch
 __device__ inline void finish_latency(const Mesh& mesh, uint32_t phases, LatencyCounter sent,
                                       LatencyCounter received, uint64_t done) {
   __syncthreads();
-  if (threadIdx.x != 0) return;
+  if (warp_id() != 0) return;
   Workspace& workspace = *mesh.workspace;
-  fence_device();
-  if (atomicInc(&workspace.latency_blocks, gridDim.x - 1) != gridDim.x - 1) return;
-  fence_device();
-  if (phases & kSend) workspace.latency_epochs[sent] += 1;
+  bool is_last = false;
+  if (lane_id() == 0) {
+    fence_device();
+    is_last = atomicInc(&workspace.latency_blocks, gridDim.x - 1) == gridDim.x - 1;
+    fence_device();
+  }
+  if (!__shfl_sync(0xffffffffu, int(is_last), 0)) return;
+  const uint64_t epoch = workspace.latency_epochs[received] + 1;
+  __syncwarp();  // all lanes have read it
+  if (lane_id() == 0 && (phases & kSend)) workspace.latency_epochs[sent] += 1;
   if ((phases & kReceive) == 0) return;
-  const uint64_t epoch = workspace.latency_epochs[received] += 1;
-  for (int rank = 0; rank < mesh.num_ranks; ++rank) tell_line(mesh, done, rank, epoch);
+  if (lane_id() == 0) workspace.latency_epochs[received] = epoch;
+  if (lane_id() < mesh.num_ranks) tell_line(mesh, done, lane_id(), epoch);
 }
 
 }  // namespace commlib::cuda

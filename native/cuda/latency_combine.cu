@@ -19,19 +19,21 @@ struct LatencyCombineCall {
 
 namespace {
 
-// Role: the local rows of every token that came, local experts (and so rows) ascending.
+// Role: the local rows of every token that came, local experts (and so rows) ascending, a warp per
+// part of a row.
 template <typename Sum>
 __device__ void send_partials(const Mesh& mesh, const LatencyRegions& regions,
                               const LatencyCombineCall& call, WarpMemory& own, uint64_t epoch) {
   const int lane = lane_id();
   const uint32_t words = mask_words(regions), ranks = uint32_t(mesh.num_ranks);
-  const uint32_t step = gridDim.x * (blockDim.x / 32);
+  const Flags flags = partial_flags(regions);
   Sum sum(own.is_last, own.weights);
-  for (uint32_t i = blockIdx.x + gridDim.x * uint32_t(warp_id()); i < ranks * words * 32;
-       i += step) {
-    const int source = int((i + uint32_t(mesh.rank)) % ranks);
-    const uint32_t token = i / ranks;
-    if ((call.masks[uint32_t(source) * words + token / 32] >> token % 32 & 1) == 0) continue;
+  PartTasks tasks(ranks * regions.max_tokens,
+                  (call.row_bytes + call.piece_bytes - 1) / call.piece_bytes);
+  for (; tasks.has_one(); tasks.next()) {
+    const uint32_t source = (tasks.row() + uint32_t(mesh.rank)) % ranks;
+    const uint32_t token = tasks.row() / ranks;
+    if ((call.masks[source * words + token / 32] >> token % 32 & 1) == 0) continue;
     const uint8_t* record = call.records + (uint64_t(source) * regions.max_tokens + token) *
                                                record_bytes(mesh.num_topk);
     RecordEntry entry{-1, -1, 0.0f};
@@ -42,23 +44,29 @@ __device__ void send_partials(const Mesh& mesh, const LatencyRegions& regions,
     const int count = order_lanes(entry.row >= 0 ? entry.row : kNothing, &from);
     const uint64_t row = uint64_t(uint32_t(__shfl_sync(0xffffffffu, entry.row, from)));
     weight = __shfl_sync(0xffffffffu, weight, from);
-    sum_rows(call.row_bytes, own, sum, partial_slot(mesh, regions, source, epoch, mesh.rank, token),
+    const uint32_t begin = tasks.part() * call.piece_bytes;
+    sum_rows(begin, min(begin + call.piece_bytes, call.row_bytes), own, sum,
+             partial_slot(mesh, regions, int(source), epoch, mesh.rank, token),
              reinterpret_cast<uint64_t>(call.y + row * call.row_bytes), weight, count);
-    own.pipe.drain(sum);
-    tell_row(mesh, regions.partial_epoch, regions, lane == 0, source, token, uint32_t(epoch));
-    __syncwarp();
+    own.announcer.add(Tellers::place(int(source), int(token * kMaxParts + tasks.part())),
+                      own.pipe.loaded);
+    own.announcer.tell(mesh, flags, uint32_t(epoch), own.pipe);
   }
+  own.pipe.drain(sum);
+  own.announcer.tell_all(mesh, flags, uint32_t(epoch));
 }
 
-// Role: the own tokens; ranks ascending.
+// Role: the own tokens; ranks ascending; a warp per part of a row.
 template <typename T>
 __device__ void add_up(const Mesh& mesh, const LatencyRegions& regions,
                        const LatencyCombineCall& call, WarpMemory& own, uint64_t epoch) {
   const int lane = lane_id();
-  const uint32_t step = gridDim.x * (blockDim.x / 32);
+  const Flags flags = partial_flags(regions);
   Summer<T, false> sum(own.is_last, own.weights);
-  for (uint32_t token = blockIdx.x + gridDim.x * uint32_t(warp_id()); token < call.num_tokens;
-       token += step) {
+  PartTasks tasks(call.num_tokens, (call.row_bytes + call.piece_bytes - 1) / call.piece_bytes);
+  for (; tasks.has_one(); tasks.next()) {
+    const uint32_t token = tasks.row(), begin = tasks.part() * call.piece_bytes;
+    const uint32_t end = min(begin + call.piece_bytes, call.row_bytes);
     int rank = -1;
     if (lane < mesh.num_topk) rank = call.owners[uint64_t(token) * mesh.num_topk + lane];
     const uint32_t same = __match_any_sync(0xffffffffu, rank >= 0 ? rank : -1 - lane);
@@ -66,7 +74,7 @@ __device__ void add_up(const Mesh& mesh, const LatencyRegions& regions,
     bool has_come = true;
     if (is_first)
       has_come =
-          wait_row(mesh, regions.partial_epoch, regions, rank, token, uint32_t(epoch), kAddUp);
+          wait_part(mesh, flags, rank, token * kMaxParts + tasks.part(), uint32_t(epoch), kAddUp);
     if (!__all_sync(0xffffffffu, has_come)) break;
     fence_async_global();  // what the acquire made visible, before the bulk loads
     __syncwarp();
@@ -76,9 +84,9 @@ __device__ void add_up(const Mesh& mesh, const LatencyRegions& regions,
     const int count = order_lanes(is_first ? rank : kNothing, &from);
     const uint64_t term = __shfl_sync(0xffffffffu, reinterpret_cast<uint64_t>(partial), from);
     uint8_t* out = call.out + uint64_t(token) * call.row_bytes;
-    for (uint32_t i = lane * 16; count == 0 && i < call.row_bytes; i += 512)
+    for (uint32_t i = begin + lane * 16; count == 0 && i < end; i += 512)
       *reinterpret_cast<uint4*>(out + i) = make_uint4(0, 0, 0, 0);
-    sum_rows(call.row_bytes, own, sum, out, term, 1.0f, count);
+    sum_rows(begin, end, own, sum, out, term, 1.0f, count);
   }
   own.pipe.drain(sum);
 }

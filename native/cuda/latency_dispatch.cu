@@ -17,10 +17,22 @@ extern "C" __global__ void __launch_bounds__(384, 1)
   WarpMemory own = carve_rows(call.piece_bytes, call.cast, memory);
   if (threadIdx.x == 0 && is_faulty(mesh)) adopt_fault(mesh);
   if (call.phases & kSend) {
-    if (!wait_room(mesh, regions.dispatch_done, sent)) return;
+    // Loads go ahead; nothing is stored before there is room for it.
+    const PartTasks tasks(call.num_tokens,
+                          (call.in_row_bytes + call.piece_bytes - 1) / call.piece_bytes);
+    SendTask first{};
+    if (tasks.has_one()) {
+      first = make_task(mesh, regions, call, tasks, sent);
+      load_part(regions, call, own, first);
+    }
+    if (!wait_room(mesh, regions.dispatch_done, sent)) return own.pipe.abandon();
     const Choices choices = gather_choices(mesh, regions, call, shared);
     send_messages(mesh, regions, call, choices, sent);
-    if (*choices.error == ~0ull) send_rows(mesh, regions, call, choices, own, sent);
+    if (*choices.error == ~0ull) {
+      send_rows(mesh, regions, call, choices, own, tasks, first, sent);
+    } else {
+      own.pipe.abandon();
+    }
     __syncthreads();  // the choices are of no more use
   }
   if (call.phases & kReceive) {

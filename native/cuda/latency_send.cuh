@@ -31,42 +31,57 @@ __device__ inline void refuse(const Choices& choices, uint32_t index, Status sta
   atomicMin(choices.error, static_cast<unsigned long long>(index) << 8 | status);
 }
 
+// Every thread of the block: what all own tokens chose.
 __device__ inline Choices gather_choices(const Mesh& mesh, const LatencyRegions& regions,
                                          const LatencyDispatchCall& call, uint32_t* memory) {
-  Choices choices{memory + 2, reinterpret_cast<unsigned long long*>(memory), mask_words(regions)};
-  const uint32_t threads = blockDim.x;
+  constexpr uint32_t kTogether = 4;  // choices whose loads are under way together
+  const Choices choices{memory + 2, reinterpret_cast<unsigned long long*>(memory),
+                        mask_words(regions)};
+  const uint32_t threads = blockDim.x, num_topk = uint32_t(mesh.num_topk);
   if (threadIdx.x == 0) *choices.error = call.status == kOk ? ~0ull : call.status;
   for (uint32_t i = threadIdx.x; i < uint32_t(mesh.num_experts) * choices.words; i += threads)
     choices.tokens[i] = 0;
   __syncthreads();
-  for (uint32_t i = threadIdx.x; i < call.num_tokens * uint32_t(mesh.num_topk); i += threads) {
-    const int64_t expert = call.topk_idx[i];
-    const uint32_t token = i / uint32_t(mesh.num_topk);
-    const bool is_valid = expert >= 0 && expert < mesh.num_experts;
-    if (blockIdx.x == 0) call.owners[i] = is_valid ? int32_t(expert) / mesh.experts_per_rank : -1;
-    if (expert == -1) continue;
-    if (!is_valid) {
-      refuse(choices, i, kBadExpert);
-      continue;
+  const uint32_t end = call.num_tokens * num_topk;
+  for (uint32_t first = threadIdx.x; first < end; first += threads * kTogether) {
+    int64_t experts[kTogether];
+    float weights[kTogether];
+#pragma unroll
+    for (uint32_t k = 0; k < kTogether; ++k) {
+      const uint32_t i = first + k * threads;
+      experts[k] = i < end ? call.topk_idx[i] : -1;
+      weights[k] = i < end && call.topk_weights != nullptr ? call.topk_weights[i] : 1.0f;
     }
-    uint32_t* word = choices.tokens + uint32_t(expert) * choices.words + token / 32;
-    if (atomicOr(word, 1u << token % 32) >> token % 32 & 1) refuse(choices, i, kDuplicate);
-    if (call.topk_weights != nullptr && !isfinite(call.topk_weights[i]))
-      refuse(choices, i, kBadWeight);
+#pragma unroll
+    for (uint32_t k = 0; k < kTogether; ++k) {
+      const uint32_t i = first + k * threads, token = i / num_topk;
+      const bool is_valid = experts[k] >= 0 && experts[k] < mesh.num_experts;
+      if (blockIdx.x == 0 && i < end)
+        call.owners[i] = is_valid ? int32_t(experts[k]) / mesh.experts_per_rank : -1;
+      if (experts[k] == -1) continue;
+      if (!is_valid) {
+        refuse(choices, i, kBadExpert);
+        continue;
+      }
+      uint32_t* word = choices.tokens + uint32_t(experts[k]) * choices.words + token / 32;
+      if (atomicOr(word, 1u << token % 32) >> token % 32 & 1) refuse(choices, i, kDuplicate);
+      if (!isfinite(weights[k])) refuse(choices, i, kBadWeight);
+    }
   }
   __syncthreads();
   return choices;
 }
 
-// A block for each rank: counts of all experts, and which tokens come.
+// One warp for each rank, of different blocks: counts of all experts, and which tokens come.
 __device__ inline void send_messages(const Mesh& mesh, const LatencyRegions& regions,
                                      const LatencyDispatchCall& call, const Choices& choices,
                                      uint64_t epoch) {
+  if (warp_id() != int(blockDim.x / 32) - 1) return;
   const unsigned long long error = *choices.error;
   const uint32_t index = uint32_t(error >> 8);
   for (int rank = int(blockIdx.x); rank < mesh.num_ranks; rank += int(gridDim.x)) {
     LatencyMessage* head = message(mesh, regions, rank, epoch, mesh.rank);
-    if (threadIdx.x == 0) {
+    if (lane_id() == 0) {
       const uint32_t status = error == ~0ull ? uint32_t(kOk) : uint32_t(error & 0xff);
       int64_t value = 0;
       if (status == kBadWeight) value = int64_t(__float_as_uint(call.topk_weights[index]));
@@ -74,16 +89,18 @@ __device__ inline void send_messages(const Mesh& mesh, const LatencyRegions& reg
       *head = LatencyMessage{status, index, value, call.agreed, call.num_tokens};
     }
     uint32_t* mask = message_mask(head);
-    for (uint32_t w = threadIdx.x; w < choices.words; w += blockDim.x) {
+    for (uint32_t w = 0; w < choices.words; ++w) {
       uint32_t bits = 0;
-      for (int e = rank * mesh.experts_per_rank; e < (rank + 1) * mesh.experts_per_rank; ++e)
-        bits |= choices.tokens[uint32_t(e) * choices.words + w];
-      mask[w] = bits;
+      for (int e = lane_id(); e < mesh.experts_per_rank; e += 32)
+        bits |= choices.tokens[uint32_t(rank * mesh.experts_per_rank + e) * choices.words + w];
+      bits = __reduce_or_sync(0xffffffffu, bits);
+      if (lane_id() == 0) mask[w] = bits;
     }
-    for (int e = int(threadIdx.x); e < mesh.num_experts; e += int(blockDim.x))
+    for (int e = lane_id(); e < mesh.num_experts; e += 32)
       mask[choices.words + e] = choices.count(e);
-    __syncthreads();
-    if (threadIdx.x == 0) tell_line(mesh, regions.message_epoch, rank, epoch);
+    __syncwarp();
+    // Partner: the load in wait_lines of find_places at that rank.
+    if (lane_id() == 0) tell_line(mesh, regions.message_epoch, rank, epoch);
   }
 }
 
@@ -105,45 +122,76 @@ __device__ inline void send_record(const Mesh& mesh, const LatencyDispatchCall& 
   record_entries(record)[lane] = RecordEntry{expert, int32_t(place), weight};
 }
 
-// Role: each own row to each rank that wants it, a warp per token.
+// One part of an own row: where it goes, a lane per choice of its token.
+struct SendTask {
+  uint32_t token, part;
+  int expert, rank;
+  bool is_target;
+  uint8_t* slot;  // of the lane's rank
+};
+
+__device__ inline SendTask make_task(const Mesh& mesh, const LatencyRegions& regions,
+                                     const LatencyDispatchCall& call, const PartTasks& tasks,
+                                     uint64_t epoch) {
+  SendTask task{tasks.row(), tasks.part(), -1, -1, false, nullptr};
+  const int lane = lane_id();
+  if (lane < mesh.num_topk)
+    task.expert = int(call.topk_idx[uint64_t(task.token) * mesh.num_topk + lane]);
+  const bool is_valid = task.expert >= 0 && task.expert < mesh.num_experts;  // else nothing goes
+  task.rank = is_valid ? task.expert / mesh.experts_per_rank : -1 - lane;
+  const uint32_t same = __match_any_sync(0xffffffffu, task.rank);
+  task.is_target = is_valid && __ffs(int(same)) - 1 == lane;
+  if (task.is_target) task.slot = row_slot(mesh, regions, task.rank, epoch, mesh.rank, task.token);
+  return task;
+}
+
+// Starts to load it.
+__device__ inline void load_part(const LatencyRegions& regions, const LatencyDispatchCall& call,
+                                 WarpMemory& own, const SendTask& task) {
+  const uint32_t begin = task.part * call.piece_bytes;
+  const uint32_t to = begin / (call.in_row_bytes / call.row_bytes);
+  if (call.cast != kNoCast) {
+    const uint64_t scales = reinterpret_cast<uint64_t>(task.slot + regions.scales_offset);
+    own.scale_targets[own.pipe.loaded % kStages * 32 + lane_id()] =
+        task.is_target ? scales + to / kScaleBlock * 4 : 0;
+  }
+  own.pipe.put(call.x + uint64_t(task.token) * call.in_row_bytes + begin,
+               min(call.piece_bytes, call.in_row_bytes - begin),
+               task.is_target ? reinterpret_cast<uint64_t>(task.slot + to) : 0);
+}
+
+// Role: the own rows to each rank that wants them, a warp per part. The first part is being loaded.
 __device__ inline void send_rows(const Mesh& mesh, const LatencyRegions& regions,
                                  const LatencyDispatchCall& call, const Choices& choices,
-                                 WarpMemory& own, uint64_t epoch) {
-  const int lane = lane_id();
+                                 WarpMemory& own, PartTasks tasks, SendTask task, uint64_t epoch) {
   const Caster caster{call.cast, call.dtype, own};
-  const uint32_t shrink = call.in_row_bytes / call.row_bytes;
-  const uint32_t step = gridDim.x * (blockDim.x / 32);
-  for (uint32_t token = blockIdx.x + gridDim.x * uint32_t(warp_id()); token < call.num_tokens;
-       token += step) {
-    int expert = -1;
-    if (lane < mesh.num_topk) expert = int(call.topk_idx[uint64_t(token) * mesh.num_topk + lane]);
-    const int rank = expert < 0 ? -1 - lane : expert / mesh.experts_per_rank;
-    const uint32_t same = __match_any_sync(0xffffffffu, rank);
-    const bool is_target = expert >= 0 && __ffs(int(same)) - 1 == lane;
-    uint8_t* slot = is_target ? row_slot(mesh, regions, rank, epoch, mesh.rank, token) : nullptr;
-    for (uint32_t begin = 0; begin < call.in_row_bytes; begin += call.piece_bytes) {
-      own.pipe.make_room(caster);
-      const uint32_t to = begin / shrink;
-      if (call.cast != kNoCast)
-        own.scale_targets[own.pipe.loaded % kStages * 32 + lane] =
-            is_target
-                ? reinterpret_cast<uint64_t>(slot + regions.scales_offset) + to / kScaleBlock * 4
-                : 0;
-      own.pipe.put(call.x + uint64_t(token) * call.in_row_bytes + begin,
-                   min(call.piece_bytes, call.in_row_bytes - begin),
-                   is_target ? reinterpret_cast<uint64_t>(slot + to) : 0);
+  const Flags flags = row_flags(regions);
+  while (tasks.has_one()) {
+    tasks.next();
+    SendTask next{};
+    if (tasks.has_one()) {
+      next = make_task(mesh, regions, call, tasks, epoch);
+      load_part(regions, call, own, next);
     }
-    const uint32_t place = expert < 0 ? 0 : choices.count_below(expert, token);
-    for (uint32_t lanes = __ballot_sync(0xffffffffu, is_target); lanes != 0; lanes &= lanes - 1) {
-      const uint64_t there =
-          __shfl_sync(0xffffffffu, reinterpret_cast<uint64_t>(slot), __ffs(int(lanes)) - 1);
-      send_record(mesh, call, token, expert, place,
-                  reinterpret_cast<uint8_t*>(there) + regions.record_offset, uint32_t(epoch));
+    own.pipe.store_oldest(caster);
+    if (task.part == 0) {
+      const uint32_t place = task.expert < 0 ? 0 : choices.count_below(task.expert, task.token);
+      const uint64_t slot = reinterpret_cast<uint64_t>(task.slot);
+      for (uint32_t lanes = __ballot_sync(0xffffffffu, task.is_target); lanes != 0;
+           lanes &= lanes - 1) {
+        const uint64_t there = __shfl_sync(0xffffffffu, slot, __ffs(int(lanes)) - 1);
+        send_record(mesh, call, task.token, task.expert, place,
+                    reinterpret_cast<uint8_t*>(there) + regions.record_offset, uint32_t(epoch));
+      }
     }
-    own.pipe.drain(caster);
-    tell_row(mesh, regions.row_epoch, regions, is_target, rank, token, uint32_t(epoch));
-    __syncwarp();
+    const int number = int(task.token * kMaxParts + task.part);
+    own.announcer.add(task.is_target ? Tellers::place(task.rank, number) : Tellers::kNobody,
+                      own.pipe.stored);
+    own.announcer.tell(mesh, flags, uint32_t(epoch), own.pipe);
+    task = next;
   }
+  own.pipe.drain(caster);
+  own.announcer.tell_all(mesh, flags, uint32_t(epoch));
 }
 
 }  // namespace commlib::cuda

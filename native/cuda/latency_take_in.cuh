@@ -13,6 +13,7 @@ struct Places {
   uint32_t* first;   // [source][local expert] row
   uint32_t* offset;  // [local expert + 1]
   uint32_t* total;   // [local expert]
+  uint32_t* masks;   // [source] bits of the tokens that come
   uint32_t is_void;  // refused or overflowed: nothing is there
 };
 
@@ -73,13 +74,21 @@ __device__ inline bool find_places(const Mesh& mesh, const LatencyRegions& regio
                                    uint64_t epoch, Places* places) {
   const int ranks = mesh.num_ranks, experts = mesh.num_experts, per_rank = mesh.experts_per_rank;
   const uint32_t words = mask_words(regions);
-  *places = {memory, memory + ranks * experts, memory + ranks * experts + experts,
-             memory + ranks * experts + experts + per_rank + 1, 0};
+  *places = {memory,
+             memory + ranks * experts,
+             memory + ranks * experts + experts,
+             memory + ranks * experts + experts + per_rank + 1,
+             memory + ranks * experts + experts + 2 * per_rank + 1,
+             0};
   if (!wait_lines(mesh, regions.message_epoch, epoch, kTakeIn)) return false;
   bool is_bad = false;
   for (int i = int(threadIdx.x); i < ranks * experts; i += int(blockDim.x)) {
     LatencyMessage* head = message(mesh, regions, mesh.rank, epoch, i / experts);
     places->counts[i] = message_mask(head)[words + i % experts];
+  }
+  for (int i = int(threadIdx.x); i < ranks * int(words); i += int(blockDim.x)) {
+    LatencyMessage* head = message(mesh, regions, mesh.rank, epoch, i / int(words));
+    places->masks[i] = message_mask(head)[i % int(words)];
   }
   if (int(threadIdx.x) < ranks) {
     const LatencyMessage* head = message(mesh, regions, mesh.rank, epoch, int(threadIdx.x));
@@ -101,39 +110,40 @@ __device__ inline bool find_places(const Mesh& mesh, const LatencyRegions& regio
     call.expert_offset[j] = places->is_void ? 0 : places->offset[j];
     if (j < per_rank) call.rows_per_expert[j] = places->is_void ? 0 : places->total[j];
   }
-  for (int i = int(threadIdx.x); i < ranks * int(words); i += int(blockDim.x)) {
-    LatencyMessage* head = message(mesh, regions, mesh.rank, epoch, i / int(words));
-    call.masks[i] = places->is_void ? 0 : message_mask(head)[i % int(words)];
-  }
+  for (int i = int(threadIdx.x); i < ranks * int(words); i += int(blockDim.x))
+    call.masks[i] = places->is_void ? 0 : places->masks[i];
   return true;
 }
 
-// One row that came: to all its places, its record to the handle.
-__device__ inline void take_in_row(const Mesh& mesh, const LatencyRegions& regions,
-                                   const LatencyDispatchCall& call, const Places& places,
-                                   WarpMemory& own, uint64_t epoch, int source, uint32_t token) {
-  const int lane = lane_id();
+// One part of a row that came: to all places of the row; with the first part the record to the
+// handle.
+__device__ inline void take_in_part(const Mesh& mesh, const LatencyRegions& regions,
+                                    const LatencyDispatchCall& call, const Places& places,
+                                    WarpMemory& own, uint64_t epoch, int source, uint32_t token,
+                                    uint32_t part) {
+  const int lane = lane_id(), per_rank = mesh.experts_per_rank;
   const uint8_t* slot = row_slot(mesh, regions, mesh.rank, epoch, source, token);
   RecordEntry entry{-1, -1, 0.0f};
   if (lane < mesh.num_topk) entry = record_entries(slot + regions.record_offset)[lane];
-  const int local = entry.expert - mesh.rank * mesh.experts_per_rank;
-  const bool is_here = entry.expert >= 0 && local >= 0 && local < mesh.experts_per_rank;
-  const uint32_t row =
-      is_here ? places.first[source * mesh.experts_per_rank + local] + uint32_t(entry.row) : 0;
+  const int local = entry.expert - mesh.rank * per_rank;
+  const bool is_here = entry.expert >= 0 && local >= 0 && local < per_rank;
+  const uint32_t row = is_here ? places.first[source * per_rank + local] + uint32_t(entry.row) : 0;
+  const uint32_t piece_bytes = call.piece_bytes / (call.in_row_bytes / call.row_bytes);
+  const uint32_t begin = part * piece_bytes, bytes = min(piece_bytes, call.row_bytes - begin);
   NoTransform as_it_is;
-  for (uint32_t begin = 0; begin < call.row_bytes; begin += call.piece_bytes) {
-    own.pipe.make_room(as_it_is);
-    const uint64_t target =
-        reinterpret_cast<uint64_t>(call.rows + uint64_t(row) * call.row_bytes + begin);
-    own.pipe.put(slot + begin, min(call.piece_bytes, call.row_bytes - begin), is_here ? target : 0);
+  own.pipe.make_room(as_it_is);
+  const uint8_t* to = call.rows + uint64_t(row) * call.row_bytes + begin;
+  own.pipe.put(slot + begin, bytes, is_here ? reinterpret_cast<uint64_t>(to) : 0);
+  if (call.num_scales != 0) {
+    const float* scales = reinterpret_cast<const float*>(slot + regions.scales_offset);
+    const uint32_t first = begin / kScaleBlock, count = bytes / kScaleBlock;
+    for (uint32_t lanes = __ballot_sync(0xffffffffu, is_here); lanes != 0; lanes &= lanes - 1) {
+      const uint64_t target = __shfl_sync(0xffffffffu, row, __ffs(int(lanes)) - 1);
+      for (uint32_t i = lane; i < count; i += 32)
+        call.scales[target * call.num_scales + first + i] = scales[first + i];
+    }
   }
-  const float* scales = reinterpret_cast<const float*>(slot + regions.scales_offset);
-  for (uint32_t lanes = call.num_scales ? __ballot_sync(0xffffffffu, is_here) : 0; lanes != 0;
-       lanes &= lanes - 1) {
-    const uint64_t to = __shfl_sync(0xffffffffu, row, __ffs(int(lanes)) - 1);
-    for (uint32_t i = lane; i < call.num_scales; i += 32)
-      call.scales[to * call.num_scales + i] = scales[i];
-  }
+  if (part != 0) return;
   if (is_here) call.weights[row] = entry.weight;
   uint8_t* kept =
       call.records + (uint64_t(source) * regions.max_tokens + token) * record_bytes(mesh.num_topk);
@@ -142,22 +152,25 @@ __device__ inline void take_in_row(const Mesh& mesh, const LatencyRegions& regio
         RecordEntry{is_here ? entry.expert : -1, is_here ? int32_t(row) : -1, entry.weight};
 }
 
-// Role: every row that comes, a warp per row.
+// Role: every row that comes, a warp per part.
 __device__ inline void take_in(const Mesh& mesh, const LatencyRegions& regions,
                                const LatencyDispatchCall& call, const Places& places,
                                WarpMemory& own, uint64_t epoch) {
-  const uint32_t words = mask_words(regions), ranks = uint32_t(mesh.num_ranks);
-  const uint32_t step = gridDim.x * (blockDim.x / 32);
-  for (uint32_t i = blockIdx.x + gridDim.x * uint32_t(warp_id()); i < ranks * regions.max_tokens;
-       i += step) {
-    const int source = int(i % ranks);
-    const uint32_t token = i / ranks;
-    const uint32_t* mask = message_mask(message(mesh, regions, mesh.rank, epoch, source));
-    if ((mask[token / 32] >> token % 32 & 1) == 0 || token / 32 >= words) continue;
-    if (!wait_row(mesh, regions.row_epoch, regions, source, token, uint32_t(epoch), kTakeIn)) break;
+  const uint32_t ranks = uint32_t(mesh.num_ranks);
+  const Flags flags = row_flags(regions);
+  PartTasks tasks(ranks * regions.max_tokens,
+                  (call.in_row_bytes + call.piece_bytes - 1) / call.piece_bytes);
+  for (; tasks.has_one(); tasks.next()) {
+    const int source = int(tasks.row() % ranks);
+    const uint32_t token = tasks.row() / ranks, number = token * kMaxParts;
+    if ((places.masks[uint32_t(source) * mask_words(regions) + token / 32] >> token % 32 & 1) == 0)
+      continue;
+    // The record comes with the first part.
+    if (!wait_part(mesh, flags, source, number, uint32_t(epoch), kTakeIn)) break;
+    if (!wait_part(mesh, flags, source, number + tasks.part(), uint32_t(epoch), kTakeIn)) break;
     fence_async_global();  // what the acquire made visible, before the bulk loads
     __syncwarp();
-    take_in_row(mesh, regions, call, places, own, epoch, source, token);
+    take_in_part(mesh, regions, call, places, own, epoch, source, token, tasks.part());
   }
   NoTransform as_it_is;
   own.pipe.drain(as_it_is);

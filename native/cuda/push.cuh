@@ -68,6 +68,7 @@ __device__ inline void push(const Mesh& mesh, const DispatchCall& call, WarpMemo
   const uint32_t pieces = (call.in_row_bytes + call.piece_bytes - 1) / call.piece_bytes;
   const Caster caster{call.cast, call.dtype, own};
   const uint32_t shrink = call.in_row_bytes / call.row_bytes;
+  const Flags flags{mesh.dispatch_arrived, uint32_t(mesh.max_tokens)};
   Tickets tickets(&mesh.workspace->next_push);
   uint32_t next_token = tickets.take();
   Route next_route = make_route(mesh, call, next_token);
@@ -111,10 +112,10 @@ __device__ inline void push(const Mesh& mesh, const DispatchCall& call, WarpMemo
     }
     own.announcer.add(is_first ? Tellers::place(route.rank, route.record) : Tellers::kNobody,
                       own.pipe.loaded);
-    own.announcer.tell(mesh, mesh.dispatch_arrived, plan.epoch, own.pipe);
+    own.announcer.tell(mesh, flags, plan.epoch, own.pipe);
   }
   own.pipe.drain(caster);
-  own.announcer.tell_all(mesh, mesh.dispatch_arrived, plan.epoch);
+  own.announcer.tell_all(mesh, flags, plan.epoch);
 }
 
 }  // namespace commlib::cuda

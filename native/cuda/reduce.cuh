@@ -68,8 +68,8 @@ __device__ void reduce_record(const Mesh& mesh, const CombineCall& call, WarpMem
   const int count = order_lanes(is_term ? job.row : kNothing, &from);
   const uint64_t row = uint64_t(__shfl_sync(0xffffffffu, job.row, from));
   const float weight = __shfl_sync(0xffffffffu, job.weight, from);
-  sum_rows(call.row_bytes, own, sum, to, reinterpret_cast<uint64_t>(call.y + row * call.row_bytes),
-           weight, count);
+  sum_rows(0, call.row_bytes, own, sum, to,
+           reinterpret_cast<uint64_t>(call.y + row * call.row_bytes), weight, count);
 }
 
 // Role: a partial row for every record, in record order, sources taking turns. Each rank begins
@@ -81,6 +81,7 @@ __device__ void reduce(const Mesh& mesh, const CombineCall& call, WarpMemory& ow
       0xffffffffu, lane_id() < mesh.num_ranks ? plan.peer[lane_id()].num_from : 0u);
   const uint32_t end = most * uint32_t(mesh.num_ranks);
   Sum sum(own.is_last, own.weights);
+  const Flags flags{mesh.combine_arrived, uint32_t(mesh.max_tokens)};
   Tickets tickets(&mesh.workspace->next_reduce);
   Job job = make_job(mesh, call, tickets.take());
   load_weight(mesh, call, job);
@@ -92,13 +93,13 @@ __device__ void reduce(const Mesh& mesh, const CombineCall& call, WarpMemory& ow
     if (turn.is_there) {
       reduce_record(mesh, call, own, sum, job, turn);
       own.announcer.add(Tellers::place(int(turn.source), int(turn.number)), own.pipe.loaded);
-      own.announcer.tell(mesh, mesh.combine_arrived, plan.epoch, own.pipe);
+      own.announcer.tell(mesh, flags, plan.epoch, own.pipe);
     }
     job = next;
     next = after;
   }
   own.pipe.drain(sum);
-  own.announcer.tell_all(mesh, mesh.combine_arrived, plan.epoch);
+  own.announcer.tell_all(mesh, flags, plan.epoch);
 }
 
 }  // namespace commlib::cuda

@@ -135,14 +135,14 @@ __device__ inline WarpMemory carve_sums(uint32_t piece_bytes, uint8_t* memory) {
   return own;
 }
 
-// Puts the sum of the warp's terms on its way to `to`: lane i holds the address (and weight) of
-// term i.
+// Puts bytes [first, end) of the sum of the warp's terms on their way to `to`: lane i holds the
+// address (and weight) of term i.
 template <typename Sum>
-__device__ void sum_rows(uint32_t row_bytes, WarpMemory& own, Sum& sum, uint8_t* to, uint64_t term,
-                         float weight, int num_terms) {
+__device__ void sum_rows(uint32_t first, uint32_t end, WarpMemory& own, Sum& sum, uint8_t* to,
+                         uint64_t term, float weight, int num_terms) {
   const uint32_t piece_bytes = own.pipe.piece_bytes;
-  for (uint32_t begin = 0; begin < row_bytes; begin += piece_bytes) {
-    const uint32_t bytes = min(piece_bytes, row_bytes - begin);
+  for (uint32_t begin = first; begin < end; begin += piece_bytes) {
+    const uint32_t bytes = min(piece_bytes, end - begin);
     for (int i = 0; i < num_terms; ++i) {
       const uint8_t* from = reinterpret_cast<const uint8_t*>(__shfl_sync(0xffffffffu, term, i));
       const float w = __shfl_sync(0xffffffffu, weight, i);

@@ -21,6 +21,7 @@ from commlib.bootstrap import Bootstrap, connect
 from commlib.cli.push_limit import PushLimit
 from commlib.cli.routed_rows import RoutedRows
 from commlib.config import RuntimeConfig
+from commlib.cuda.operations import ArenaBytes
 from commlib.runtime import Runtime
 
 __all__ = ["CudaBench", "run"]
@@ -210,7 +211,7 @@ class CudaBench:
     def _poison(self) -> None:
         """Nothing that an operation should have written looks right if it has not."""
         slab = self.executor.arena.heap.take_largest()
-        self.executor._bytes_of(slab, slab.num_bytes).fill_(_POISON)
+        torch.as_tensor(ArenaBytes(slab.address, slab.num_bytes, slab), device=self.device).fill_(_POISON)
         self._align()
 
     def _slowest(self, value: float) -> float:

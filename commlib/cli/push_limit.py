@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from commlib.cuda.compile import compile_unit, default_cache
-from commlib.cuda.driver import load_kernels
+from commlib.cuda.driver import KernelArguments, load_kernels
 from commlib.cuda.launch import MAX_SHARED_BYTES, push_limit_bytes
 from commlib.cuda.params import PushLimitCall
 
@@ -45,7 +45,7 @@ class PushLimit:
         peers: int = self._num_peers
         return num_rows // max(1, peers) * peers
 
-    def prepare(self, num_rows: int, way: Way) -> tuple[PushLimitCall, Way]:
+    def prepare(self, num_rows: int, way: Way) -> tuple[KernelArguments, int, int]:
         """As many rows to each peer, `num_rows` in all."""
         executor, per_peer = self._executor, num_rows // max(1, self._num_peers)
         call = PushLimitCall(
@@ -57,11 +57,10 @@ class PushLimit:
         )
         for place, peer in enumerate(p for p in range(executor.num_ranks) if p != executor.rank):
             call.landing[place] = executor.arena.heap_base[peer] + executor.rank * per_peer * self._row_bytes
-        return call, way
+        return KernelArguments(call), 32 * way.warps, push_limit_bytes(way.warps, call.piece_bytes)
 
-    def push(self, prepared: tuple[PushLimitCall, Way]) -> None:
+    def push(self, prepared: tuple[KernelArguments, int, int]) -> None:
         """Enqueues it on the current stream."""
-        call, way = prepared
-        shared = push_limit_bytes(way.warps, call.piece_bytes)
+        arguments, threads, shared_bytes = prepared
         stream = torch.cuda.current_stream().cuda_stream
-        self._kernel["push_limit"].launch(stream, self._num_sms, 32 * way.warps, shared, call)
+        self._kernel["push_limit"].launch(stream, self._num_sms, threads, shared_bytes, arguments)

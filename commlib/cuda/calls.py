@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import struct
-import sys
 from typing import Any
+
+import torch
 
 from commlib.config import RuntimeConfig
 from commlib.cuda.params import CallWords, HostResult
@@ -34,6 +35,7 @@ LAYOUTS = {"grouped": 0, "rows": 1}
 DTYPES = ("float32", "bfloat16", "float8_e4m3fn")  # by code, see native/common/types.hpp
 
 ELEMENT_BYTES = (4, 2, 1)
+_PAYLOADS = (torch.float32, torch.bfloat16, torch.float8_e4m3fn)
 
 _REJECTED = 4
 _PEER_LOST = 2  # FaultNote::kind
@@ -48,27 +50,40 @@ _PHASES = {
 
 
 def check_tensor(
-    tensor: Any, name: str, device: Any, dtypes: tuple[str, ...], shape: tuple[int | None, ...], meaning: str
+    tensor: Any, name: str, device: Any, dtypes: tuple[Any, ...], dims: tuple[tuple[str, int | None], ...]
 ) -> Any:
     """`tensor` as contiguous memory of `device`, 16-byte aligned; copied if it is not.
 
+    Args:
+        tensor: of the caller.
+        name, dims: for messages; sizes by name, None stands for any size.
+        device: where it must be.
+        dtypes: what it may be.
+
     Raises:
-        ConfigError: it is no tensor of that device, dtype and shape. None in `shape` stands for any size.
+        ConfigError: it is no tensor of that device, dtype and shape.
     """
-    torch = sys.modules["torch"]
     if not isinstance(tensor, torch.Tensor):
         raise ConfigError(f"{name} is a {type(tensor).__name__}, not a torch tensor")
     if tensor.device != device:
         raise ConfigError(f"{name} is on {tensor.device}, the Runtime on {device}")
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    if dtype not in dtypes:
-        raise ConfigError(f"{name} has dtype {dtype}, not {' or '.join(dtypes)}")
-    if len(tensor.shape) != len(shape) or any(
-        want is not None and have != want for have, want in zip(tensor.shape, shape, strict=True)
-    ):
-        raise ConfigError(f"{name} has shape {list(tensor.shape)}, not {meaning}")
+    if tensor.dtype not in dtypes:
+        raise ConfigError(f"{name} has dtype {_name_of(tensor.dtype)}, not {' or '.join(map(_name_of, dtypes))}")
+    shape = tensor.shape
+    is_right = len(shape) == len(dims)
+    for have, (_, want) in zip(shape, dims, strict=False):
+        is_right = is_right and (want is None or have == want)
+    if not is_right:
+        meaning = ", ".join(label if want is None else f"{label}={want}" for label, want in dims)
+        raise ConfigError(f"{name} has shape {list(shape)}, not [{meaning}]")
+    if tensor.is_contiguous() and tensor.data_ptr() % 16 == 0:
+        return tensor
     tensor = tensor.detach().contiguous()
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def check_handle(handle: Any, runtime_id: int) -> Any:
@@ -93,14 +108,14 @@ def check_capacity(capacity: Any) -> int:
     return capacity
 
 
-def check_routing(topk_idx: Any, topk_weights: Any, device: Any, shape: tuple[int, int]) -> tuple[Any, Any]:
+def check_routing(topk_idx: Any, topk_weights: Any, device: Any, num_tokens: int, num_topk: int) -> tuple[Any, Any]:
     """The choices of a fresh dispatch; raises like `check_tensor`."""
     if topk_idx is None:
         raise ConfigError("dispatch needs topk_idx or a handle")
-    meaning = f"[{shape[0]}, num_topk={shape[1]}]"
-    topk_idx = check_tensor(topk_idx, "topk_idx", device, ("int64",), shape, meaning)
+    dims = (("num_tokens", num_tokens), ("num_topk", num_topk))
+    topk_idx = check_tensor(topk_idx, "topk_idx", device, (torch.int64,), dims)
     if topk_weights is not None:
-        topk_weights = check_tensor(topk_weights, "topk_weights", device, ("float32",), shape, meaning)
+        topk_weights = check_tensor(topk_weights, "topk_weights", device, (torch.float32,), dims)
     return topk_idx, topk_weights
 
 
@@ -110,20 +125,19 @@ def check_rows(
     """Rows of a dispatch, their scales, and the code of their dtype; raises like `check_tensor`."""
     if fp8 not in CASTS:
         raise ConfigError(f'fp8={fp8!r} is not None, "fp32" or "pow2"')
-    count = "num_tokens" if num_tokens is None else num_tokens
-    x = check_tensor(x, "x", device, DTYPES, (num_tokens, config.hidden), f"[{count}, hidden={config.hidden}]")
+    x = check_tensor(x, "x", device, _PAYLOADS, (("num_tokens", num_tokens), ("hidden", config.hidden)))
     num_tokens = int(x.shape[0])
     if num_tokens > config.max_tokens:
         raise ConfigError(f"x has {num_tokens} tokens, more than max_tokens={config.max_tokens}")
-    code = DTYPES.index(str(x.dtype).removeprefix("torch."))
-    is_fp8 = DTYPES[code] == "float8_e4m3fn"
+    code = _PAYLOADS.index(x.dtype)
+    is_fp8 = code == 2
     if is_fp8 and fp8 is not None:
         raise ConfigError(f"x is float8_e4m3fn already; fp8={fp8!r} would cast it again")
     if is_fp8 != (scales is not None):
         raise ConfigError(f"x of dtype {x.dtype} comes {'without' if is_fp8 else 'with'} scales")
     if scales is not None:
-        shape = (num_tokens, num_scales(config.hidden))
-        scales = check_tensor(scales, "scales", device, ("float32",), shape, str(list(shape)))
+        dims = (("num_tokens", num_tokens), ("hidden/128", num_scales(config.hidden)))
+        scales = check_tensor(scales, "scales", device, (torch.float32,), dims)
     row_bytes = config.hidden * (1 if fp8 is not None else ELEMENT_BYTES[code])
     if row_bytes % 16:
         raise ConfigError(f"rows of {row_bytes} bytes are no multiple of 16 bytes, in which the GPU copies")

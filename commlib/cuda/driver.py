@@ -7,9 +7,12 @@ from functools import cache
 
 from commlib.errors import TransportError
 
-__all__ = ["Kernel", "load_kernels"]
+__all__ = ["Event", "Kernel", "KernelArguments", "load_kernels"]
 
+_DISABLE_TIMING = 2  # CU_EVENT_DISABLE_TIMING
 _MAX_DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+
+_Pointer = ctypes.c_void_p
 
 
 @cache
@@ -44,13 +47,43 @@ class Kernel:
         # Now, not at the first launch: loading waits for running kernels, which may wait for this one on a peer.
         _check("cuFuncLoad", library.cuFuncLoad(self._function))
 
-    def launch(self, stream: int, blocks: int, threads: int, shared_bytes: int, *structs: ctypes.Structure) -> None:
-        """Enqueues the kernel; returns at once."""
-        params = (ctypes.c_void_p * len(structs))(*(ctypes.addressof(struct) for struct in structs))
+    def launch(self, stream: int, blocks: int, threads: int, shared_bytes: int, arguments: KernelArguments) -> None:
+        """Enqueues the kernel, with what the structs hold now; returns at once."""
         code = _library().cuLaunchKernel(
-            self._function, blocks, 1, 1, threads, 1, 1, shared_bytes, ctypes.c_void_p(stream), params, None
+            self._function, blocks, 1, 1, threads, 1, 1, shared_bytes, _Pointer(stream), arguments.pointers, None
         )
-        _check(f"cuLaunchKernel({self.name})", code)
+        if code:
+            _check(f"cuLaunchKernel({self.name})", code)
+
+
+class KernelArguments:
+    """Structs as a kernel takes them, one by one."""
+
+    def __init__(self, *structs: ctypes.Structure) -> None:
+        self.structs = structs  # kept: the pointers are of these
+        self.pointers = (_Pointer * len(structs))(*(ctypes.addressof(struct) for struct in structs))
+
+
+class Event:
+    """A CUDA event without timing, of the thread's current context."""
+
+    def __init__(self) -> None:
+        self._event, self._destroy = _Pointer(), _library().cuEventDestroy_v2
+        _check("cuEventCreate", _library().cuEventCreate(ctypes.byref(self._event), _DISABLE_TIMING))
+
+    def record(self, stream: int) -> None:
+        _check("cuEventRecord", _library().cuEventRecord(self._event, _Pointer(stream)))
+
+    def wait(self, stream: int) -> None:
+        """What is enqueued on the stream from now on comes after the event as it was recorded last."""
+        _check("cuStreamWaitEvent", _library().cuStreamWaitEvent(_Pointer(stream), self._event, 0))
+
+    def synchronize(self) -> None:
+        _check("cuEventSynchronize", _library().cuEventSynchronize(self._event))
+
+    def __del__(self) -> None:
+        if self._event:
+            self._destroy(self._event)
 
 
 def load_kernels(cubin: bytes, names: dict[str, int]) -> dict[str, Kernel]:

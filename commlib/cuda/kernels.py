@@ -50,6 +50,8 @@ class Buffers:
         self.tail_words = num_ranks**2 + config.num_experts // num_ranks + config.num_experts
         self._result_bytes = align_up(sizeof(HostResult) + 4 * self.tail_words, 64)
         self.scratch_result = torch.zeros(self._result_bytes, dtype=torch.uint8, device=device)
+        self.slots_address, self.block_base_address = self.slots.data_ptr(), self.block_base.data_ptr()
+        self.scratch_address = self.scratch_result.data_ptr()
         board_bytes = align_up(sizeof(FaultNote), 64)
         self._pinned = torch.zeros(
             board_bytes + (_RESULTS + 1) * self._result_bytes, dtype=torch.uint8, pin_memory=True

@@ -11,6 +11,7 @@ import torch
 from commlib.config import RuntimeConfig
 from commlib.cuda.calls import CASTS, DTYPES, ELEMENT_BYTES, check_capacity, check_routing, check_rows, check_tensor
 from commlib.cuda.launch import LATENCY_WARPS, MAX_SHARED_BYTES, plan_latency
+from commlib.cuda.operations import KernelCall
 from commlib.cuda.params import LatencyCombineCall, LatencyDispatchCall
 from commlib.errors import ConfigError
 from commlib.executor import CombineCall, DispatchCall
@@ -100,7 +101,7 @@ class LatencyOps:
                 f"not {num_tokens} of {DTYPES[code]}"
             )
         topk_idx, topk_weights = check_routing(
-            call.topk_idx, call.topk_weights, queue.device, (num_tokens, config.num_topk)
+            call.topk_idx, call.topk_weights, queue.device, num_tokens, config.num_topk
         )
         capacity = check_capacity(call.capacity) or self._most_rows(alignment)
         handle = self._new_handle(num_tokens, capacity)
@@ -130,7 +131,7 @@ class LatencyOps:
             x=x.data_ptr(),
             topk_idx=topk_idx.data_ptr(),
             topk_weights=0 if topk_weights is None else topk_weights.data_ptr(),
-            refused=queue.refused_address,
+            refused=queue.buffers.refused_address,
             rows=rows.data_ptr(),
             scales=0 if scales is None else scales.data_ptr(),
             weights=weights.data_ptr(),
@@ -202,11 +203,11 @@ class LatencyOps:
         queue.check_usable()
         self._check_unfinished("latency combine")
         native: LatencyHandle = call.handle._native
-        shape = (native.num_rows, config.hidden)
-        y = check_tensor(call.y, "y", queue.device, ("bfloat16",), shape, f"[capacity={shape[0]}, {config.hidden}]")
+        dims = (("capacity", native.num_rows), ("hidden", config.hidden))
+        y = check_tensor(call.y, "y", queue.device, (torch.bfloat16,), dims)
         weights = call.weights
         if weights is not None:
-            weights = check_tensor(weights, "weights", queue.device, ("float32",), shape[:1], f"[capacity={shape[0]}]")
+            weights = check_tensor(weights, "weights", queue.device, (torch.float32,), dims[:1])
         if call.weight_grads is not None:
             raise ConfigError("the latency regime has no gradients")
         out = torch.empty(native.num_tokens, config.hidden, dtype=torch.bfloat16, device=queue.device)
@@ -247,12 +248,15 @@ class LatencyOps:
     def _check_shared(self, shared_bytes: int) -> int:
         if shared_bytes > MAX_SHARED_BYTES:
             raise ConfigError(
-                f"decode_tokens={self._max_tokens} with num_experts={self._queue.config.num_experts} needs {shared_bytes} "
-                f"bytes of shared memory, a block has {MAX_SHARED_BYTES}"
+                f"decode_tokens={self._max_tokens} with num_experts={self._queue.config.num_experts} needs "
+                f"{shared_bytes} bytes of shared memory, a block has {MAX_SHARED_BYTES}"
             )
         return shared_bytes
 
     def _launch(self, pending: PendingLatency, phases: int) -> None:
         name = pending.kind.replace(" ", "_")
         pending.params.phases = phases
-        self._queue.launch_latency(name, 32 * LATENCY_WARPS, pending.shared_bytes, self._regions, pending.params)
+        queue = self._queue
+        assert self._regions is not None
+        structs = (queue.mesh, self._regions, pending.params)
+        queue.launch_latency(KernelCall(name, queue.num_sms, 32 * LATENCY_WARPS, pending.shared_bytes, *structs))

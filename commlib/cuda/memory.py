@@ -13,9 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from commlib.bootstrap import Bootstrap
 from commlib.bootstrap.agreement import allgather_or_raise
 from commlib.config import RuntimeConfig
+from commlib.cuda.driver import Event
 from commlib.cuda.host_page import HostPage
 from commlib.cuda.launch import MAX_PARTS
 from commlib.cuda.params import ExchangeHeader, FaultNote, LatencyMessage, LatencyRegions, sizeof
@@ -202,7 +205,10 @@ class Heap:
         if num_bytes == 0:
             return
         for stream in streams:
-            self.release_events.append(stream.record_event())
+            with torch.cuda.device(stream.device):  # whatever thread this is
+                event = Event()
+                event.record(stream.cuda_stream)
+            self.release_events.append(event)
         self._returned.append((offset, num_bytes))
         self._check_unused()
 

@@ -6,14 +6,15 @@ import ctypes
 from dataclasses import dataclass
 from typing import Any
 
+from commlib.cuda.driver import KernelArguments
 from commlib.cuda.memory import Slab
-from commlib.cuda.params import ExchangeCall, HostResult, Tables
+from commlib.cuda.params import ExchangeCall, Tables
 from commlib.handle import Handle
 
 __all__ = ["ArenaBytes", "CudaHandle", "KernelCall", "PendingOp"]
 
 
-@dataclass
+@dataclass(slots=True)
 class CudaHandle:
     """What a dispatch leaves behind on the device and the host; `Handle` shows it to the caller.
 
@@ -25,8 +26,8 @@ class CudaHandle:
     num_tokens: int
     capacity: int
     tables: Tables
-    memory: tuple[Any, ...]  # what `tables` and `routes` point into
-    routes: Any
+    memory: Any  # what `tables` and `routes_address` point into
+    routes_address: int
     epoch: int = 0
     num_rows: int = 0
     records: Slab | None = None
@@ -44,24 +45,22 @@ class CudaHandle:
         return self.rank_counts
 
 
-@dataclass
 class KernelCall:
-    """One launch of a kernel that moves rows."""
+    """One launch of a kernel that moves rows. The structs are read when it is launched."""
 
-    name: str
-    blocks: int
-    threads: int
-    shared_bytes: int
-    call: ctypes.Structure
+    def __init__(self, name: str, blocks: int, threads: int, shared_bytes: int, *structs: ctypes.Structure) -> None:
+        self.name, self.blocks, self.threads, self.shared_bytes = name, blocks, threads, shared_bytes
+        self.arguments = KernelArguments(*structs)
 
 
-@dataclass
+@dataclass(slots=True)
 class PendingOp:
     """An operation under way. Holds the caller's tensors until the current stream waits for it.
 
     Attributes:
         exchange: what all ranks must agree on.
         data: the kernel that moves rows, if any.
+        shape: of a dispatch.
         grant_bytes: room in the own heap that it needs; None = all there is, the size becomes known on the way.
         is_lazy: nobody waits for its verdict; a refusal is raised by a later call.
     """
@@ -70,6 +69,7 @@ class PendingOp:
     runtime_id: int
     exchange: ExchangeCall
     data: KernelCall | None = None
+    shape: Any = None
     grant_bytes: int | None = 0
     is_lazy: bool = False
     is_split: bool = False
@@ -80,12 +80,10 @@ class PendingOp:
     grant: Slab | None = None
     handle: CudaHandle | None = None
     public_handle: Handle | None = None
-    dtype: str = ""
     out: Any = None
     out_weight_grads: Any = None
     settled: bool = False
     error: Exception | None = None
-    result: HostResult | None = None
 
 
 class ArenaBytes:

@@ -12,12 +12,13 @@ import torch
 from commlib.bootstrap import Bootstrap
 from commlib.config import RuntimeConfig
 from commlib.cuda.calls import KINDS, fault_error, peer_lost_error, refusal
+from commlib.cuda.driver import Event
 from commlib.cuda.host_page import HostPage
 from commlib.cuda.kernels import EXCHANGE_THREADS, Buffers, load_executor_kernels, make_mesh
 from commlib.cuda.landing import dispatch_landing
 from commlib.cuda.launch import Tuning, settle_bytes
 from commlib.cuda.memory import Arena, Regions, Segment, Slab, default_heap_bytes
-from commlib.cuda.operations import PendingOp
+from commlib.cuda.operations import KernelCall, PendingOp
 from commlib.cuda.params import MAX_RANKS, MAX_TOPK, TEXT_BYTES, CallWords, ExchangeCall, HostResult, sizeof
 from commlib.errors import CapacityError, CommTimeout, ConfigError
 from commlib.layout import align_up
@@ -55,7 +56,7 @@ class OpQueue:
         self._unsettled: list[PendingOp] = []
         self._not_received: list[PendingOp] = []  # split: kernels read the inputs even if the caller drops everything
         self._captured: list[Slab] = []  # graphs write there whenever they are replayed
-        self._tuning = tuning or Tuning()
+        self.tuning = tuning or Tuning()
         self.marks: list[tuple[str, Any, Any]] | None = None  # of each kernel, for measurements: name, start, end
         self._is_closed = self._is_faulty = False
         self._experts_per_rank = config.num_experts // boot.size
@@ -68,38 +69,30 @@ class OpQueue:
             self._settle_bytes = settle_bytes(config.num_experts, boot.size, 0, EXCHANGE_THREADS // 32)
             self.arena = Arena(boot, self._page, regions, heap_bytes, connect_timeout_s)
             self._stream: Any = torch.cuda.Stream(priority=-1)  # type: ignore[no-untyped-call]
-            self._buffers = Buffers(config, boot.size, max(self.num_sms, self.num_local_sms), self.device)
-        self._mesh = make_mesh(config, boot.rank, boot.size, regions, self._buffers)
-        self._mesh.base[: boot.size] = self.arena.base
-        self._mesh.heap[: boot.size] = self.arena.heap_base
-        self._last_stream: Any = None
-        self._last_event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self.buffers = Buffers(config, boot.size, max(self.num_sms, self.num_local_sms), self.device)
+        self.mesh = make_mesh(config, boot.rank, boot.size, regions, self.buffers)
+        self.mesh.base[: boot.size] = self.arena.base
+        self.mesh.heap[: boot.size] = self.arena.heap_base
+        self._last_stream: int | None = None
+        self._last_event, self._join_event = Event(), Event()
         self._slabs: weakref.WeakValueDictionary[int, Slab] = weakref.WeakValueDictionary()
         boot.barrier(connect_timeout_s)
 
     # ---- issuing
 
-    def _prepare(self) -> None:
+    def prepare(self) -> None:
         """Before an operation takes memory: what came before is known to have succeeded."""
         self.check_usable()
         # Sizes must be known before memory is granted anew, and ranks must find out in the same order.
         for pending in list(self._unsettled):
             self._settle(pending)
 
-    def _issue(self, pending: PendingOp) -> PendingOp:
+    def issue(self, pending: PendingOp) -> None:
         """Enqueues an operation on the current stream, or, if it is split, on the own one."""
         is_capturing = torch.cuda.is_current_stream_capturing()
-        current = torch.cuda.current_stream(self.device)
         if is_capturing:
             self._check_capturable(pending)
-        stream = self._stream if pending.is_split else current
-        # Inputs are ready, and so is memory that results gave back: their readers are on the current stream.
-        if pending.is_split:
-            stream.wait_stream(current)
-        if not is_capturing and self._last_stream is not None and self._last_stream != stream:
-            stream.wait_event(self._last_event)
-        while self.arena.heap.release_events and not is_capturing:
-            stream.wait_event(self.arena.heap.release_events.popleft())
+        stream = self._enter(pending, is_capturing)
         pending.stream = stream
         self._launch_op(pending)
         if is_capturing:
@@ -111,9 +104,43 @@ class OpQueue:
             if not pending.is_lazy:
                 self._unsettled.append(pending)
         if pending.is_split:
-            pending.done = stream.record_event()
+            pending.done = Event()
+            pending.done.record(stream)
             self._not_received.append(pending)
-        return pending
+
+    def _enter(self, pending: PendingOp, is_capturing: bool) -> int:
+        """The stream of an operation, behind everything that it must come after."""
+        stream = current = self._current_stream()
+        # Inputs are ready, and so is memory that results gave back: their readers are on the current stream.
+        if pending.is_split:
+            stream = self._stream.cuda_stream
+            self._join_event.record(current)
+            self._join_event.wait(stream)
+        if is_capturing:
+            return stream
+        if self._last_stream is not None and self._last_stream != stream:
+            self._last_event.wait(stream)
+        released = self.arena.heap.release_events
+        while released:
+            released.popleft().wait(stream)
+        return stream
+
+    def _current_stream(self) -> int:
+        return int(torch._C._cuda_getCurrentRawStream(self.device.index))
+
+    def keep_records(self, pending: PendingOp, output_bytes: int) -> None:
+        """Of a dispatch whose sizes the host does not learn: the records, behind the output, are the handle's; the
+        caller may drop the output before it."""
+        handle, whole = pending.handle, pending.grant
+        assert handle is not None and whole is not None
+        pending.grant = whole.split_front(output_bytes)
+        handle.records = whole
+        if torch.cuda.is_current_stream_capturing():
+            self._captured.append(pending.grant)
+
+    def remember(self, slab: Slab) -> None:
+        """For `record_stream`."""
+        self._slabs[slab.address] = slab
 
     def _launch_op(self, pending: PendingOp) -> None:
         exchange = pending.exchange
@@ -125,50 +152,46 @@ class OpQueue:
             pending.grant = None  # of a first try: or there is nothing to take
             pending.grant = heap.take_largest() if pending.grant_bytes is None else heap.take(pending.grant_bytes)
             exchange.grant_offset, exchange.grant_bytes = pending.grant.offset, pending.grant.num_bytes
-        buffers = self._buffers
-        exchange.slots, exchange.block_base = buffers.slots.data_ptr(), buffers.block_base.data_ptr()
+        buffers = self.buffers
+        exchange.slots, exchange.block_base = buffers.slots_address, buffers.block_base_address
         if pending.is_lazy:
-            exchange.result, exchange.refused = buffers.scratch_result.data_ptr(), buffers.refused_address
+            exchange.result, exchange.refused = buffers.scratch_address, buffers.refused_address
         else:
-            exchange.result = buffers.result_address(pending.ticket)
+            exchange.result, exchange.refused = buffers.result_address(pending.ticket), 0
         data = pending.data
         if data is None:
-            self._launch(pending.stream, "exchange", 1, EXCHANGE_THREADS, self._settle_bytes, exchange)
-        else:
-            self._launch(pending.stream, data.name, data.blocks, data.threads, data.shared_bytes, exchange, data.call)
+            data = KernelCall("exchange", 1, EXCHANGE_THREADS, self._settle_bytes, self.mesh, exchange)
+        self.launch(pending.stream, data)
 
-    def _launch(
-        self, stream: Any, name: str, blocks: int, threads: int, shared_bytes: int, *calls: ctypes.Structure
-    ) -> None:
+    def launch(self, stream: int, call: KernelCall) -> None:
+        kernel = self._kernels[call.name]
         if self.marks is None:
-            self._kernels[name].launch(stream.cuda_stream, blocks, threads, shared_bytes, self._mesh, *calls)
+            kernel.launch(stream, call.blocks, call.threads, call.shared_bytes, call.arguments)
             return
+        torch_stream: Any = torch.cuda.ExternalStream(stream, device=self.device)  # type: ignore[no-untyped-call]
         new_event: Any = torch.cuda.Event
-        start = stream.record_event(new_event(enable_timing=True))
-        self._kernels[name].launch(stream.cuda_stream, blocks, threads, shared_bytes, self._mesh, *calls)
-        self.marks.append((name, start, stream.record_event(new_event(enable_timing=True))))
+        start = torch_stream.record_event(new_event(enable_timing=True))
+        kernel.launch(stream, call.blocks, call.threads, call.shared_bytes, call.arguments)
+        self.marks.append((call.name, start, torch_stream.record_event(new_event(enable_timing=True))))
 
     def _check_capturable(self, pending: PendingOp) -> None:
         if pending.grant_bytes is None:
             raise ConfigError("a dispatch whose sizes the host must learn cannot be captured: give it a capacity")
         pending.is_lazy = True
 
-    def _reject(self, kind: str, error: Exception, *, is_split: bool) -> PendingOp:
+    def reject(self, kind: str, error: Exception, *, is_split: bool) -> PendingOp:
         """Tells all ranks why this one does not take part; they all raise."""
         text = str(error).encode("ascii", "backslashreplace")[: TEXT_BYTES - 1]
         exchange = ExchangeCall(status=4, call=CallWords(kind=KINDS[kind]), text=text)
-        return self._issue(PendingOp(kind, self._id, exchange, is_split=is_split))
+        pending = PendingOp(kind, self._id, exchange, is_split=is_split)
+        self.issue(pending)
+        return pending
 
     # ---- what the latency regime needs
 
     @property
     def runtime_id(self) -> int:
         return self._id
-
-    @property
-    def refused_address(self) -> int:
-        """Pinned memory for the first refusal that nobody waits for."""
-        return self._buffers.refused_address
 
     def next_ticket(self) -> int:
         """A number for an operation; the same on all ranks."""
@@ -181,16 +204,15 @@ class OpQueue:
             raise ConfigError("this Runtime is closed")
         self.check()
 
-    def launch_latency(self, name: str, threads: int, shared_bytes: int, *calls: ctypes.Structure) -> None:
+    def launch_latency(self, call: KernelCall) -> None:
         """On the current stream, behind what was launched before."""
-        stream = torch.cuda.current_stream(self.device)
-        if not torch.cuda.is_current_stream_capturing():
-            if self._last_stream is not None and self._last_stream != stream:
-                stream.wait_event(self._last_event)
-            self._last_stream = stream
-        self._launch(stream, name, self.num_sms, threads, shared_bytes, *calls)
-        if not torch.cuda.is_current_stream_capturing():
+        stream, is_capturing = self._current_stream(), torch.cuda.is_current_stream_capturing()
+        if not is_capturing and self._last_stream is not None and self._last_stream != stream:
+            self._last_event.wait(stream)
+        self.launch(stream, call)
+        if not is_capturing:
             self._last_event.record(stream)
+            self._last_stream = stream
 
     # ---- verdicts
 
@@ -202,13 +224,13 @@ class OpQueue:
         result, tail = self._wait_result(pending)
         if result.verdict == _NO_ROOM:
             self._grow(result)
-            pending.stream.wait_event(self._last_event)
+            self._last_event.wait(pending.stream)
             self._launch_op(pending)
             self._last_event.record(pending.stream)
             if pending.is_split:
-                pending.done = pending.stream.record_event()
+                pending.done.record(pending.stream)
             result, tail = self._wait_result(pending)
-        pending.settled, pending.result = True, result
+        pending.settled = True
         if result.verdict != _GO:
             self.check()
             pending.error = refusal(result, self.num_ranks, self.config.num_topk, self.config.num_experts)
@@ -219,7 +241,7 @@ class OpQueue:
             pending.grant = None  # later operations come behind this one
 
     def _wait_result(self, pending: PendingOp) -> tuple[HostResult, Any]:
-        address = self._buffers.result_address(pending.ticket)
+        address = self.buffers.result_address(pending.ticket)
         live = HostResult.from_address(address)
         limit = time.monotonic() + self.config.timeout_s + _GRACE_S
         while live.ticket != pending.ticket:
@@ -230,7 +252,7 @@ class OpQueue:
                     f"rank {self.rank}: the device did not start operation {pending.ticket}", rank=self.rank, peer=None,
                     channel="device", phase=pending.kind, tag=pending.ticket, expected=pending.ticket, seen=live.ticket,
                 )  # fmt: skip
-        copy = ctypes.string_at(address, sizeof(HostResult) + 4 * self._buffers.tail_words)
+        copy = ctypes.string_at(address, sizeof(HostResult) + 4 * self.buffers.tail_words)
         return HostResult.from_buffer_copy(copy), memoryview(copy)[sizeof(HostResult) :].cast("I")
 
     def _keep_sizes(self, pending: PendingOp, result: HostResult, tail: Any) -> None:
@@ -249,13 +271,13 @@ class OpQueue:
         pending.grant = grant.split_front(landing.output_bytes)
         handle.records = grant.split_front(landing.total_bytes - landing.records)
 
-    def _finish(self, pending: PendingOp, kinds: tuple[str, ...]) -> None:
+    def finish(self, pending: PendingOp, kinds: tuple[str, ...]) -> None:
         if not isinstance(pending, PendingOp) or pending.kind not in kinds or pending.runtime_id != self._id:
             raise ConfigError(f"{type(pending).__name__} is not a pending {kinds[0]} of this Runtime")
         self._settle(pending)
         if pending.is_split and pending in self._not_received:
             self._not_received.remove(pending)
-            torch.cuda.current_stream(self.device).wait_event(pending.done)
+            pending.done.wait(self._current_stream())
         if pending.error is not None:
             raise pending.error
 
@@ -275,11 +297,12 @@ class OpQueue:
         except CapacityError as error:
             exchange.status = 4
             exchange.text = str(error).encode("ascii", "backslashreplace")[: TEXT_BYTES - 1]
-        pending = PendingOp("grow", self._id, exchange, stream=self._stream)
-        self._stream.wait_event(self._last_event)
+        stream = self._stream.cuda_stream
+        pending = PendingOp("grow", self._id, exchange, stream=stream)
+        self._last_event.wait(stream)
         self._launch_op(pending)
-        self._last_event.record(self._stream)
-        self._last_stream = self._stream
+        self._last_event.record(stream)
+        self._last_stream = stream
         answer, _ = self._wait_result(pending)
         if answer.verdict != _GO:
             if own is not None:
@@ -289,33 +312,35 @@ class OpQueue:
             raise CapacityError(str(reason), needed=needed, available=granted)
         handles = [_unpack(header.text) for header in answer.headers[: self.num_ranks]]
         self.arena.replace_heaps(own, handles)
-        self._mesh.heap[: self.num_ranks] = self.arena.heap_base
+        self.mesh.heap[: self.num_ranks] = self.arena.heap_base
 
     # ---- the rest
 
     def barrier(self) -> None:
         """Returns when the devices of all ranks have come here."""
-        self._finish(self.enqueue_barrier(), ("barrier",))
+        self.finish(self.enqueue_barrier(), ("barrier",))
 
     def enqueue_barrier(self, *, is_lazy: bool = False) -> PendingOp:
         """The current stream goes on when those of all ranks have come here; if it is lazy, the host never waits."""
-        self._prepare()
+        self.prepare()
         exchange = ExchangeCall(call=CallWords(kind=KINDS["barrier"]))
-        return self._issue(PendingOp("barrier", self._id, exchange, is_lazy=is_lazy))
+        pending = PendingOp("barrier", self._id, exchange, is_lazy=is_lazy)
+        self.issue(pending)
+        return pending
 
     def check(self) -> None:
         """Raises CommTimeout if a kernel of this rank or of a peer missed a deadline, PeerLostError if a process has
         ended, ConfigError if an operation that nobody waited for was refused."""
-        board = self._buffers.board
+        board = self.buffers.board
         if board.kind:
             self._is_faulty = True
             raise fault_error(board, self.rank, self.config.timeout_s)
         if (peer := self._page.lost_peer()) is not None and not self._is_closed:
             self._is_faulty = True
             # Kernels that wait for it would go on to their deadline.
-            self._buffers.raise_fault(self.arena.base[self.rank], self.arena.regions, self.rank, peer)
+            self.buffers.raise_fault(self.arena.base[self.rank], self.arena.regions, self.rank, peer)
             raise peer_lost_error(self.rank, peer)
-        refused = self._buffers.refused
+        refused = self.buffers.refused
         if refused.ticket:
             copy = HostResult.from_buffer_copy(refused)
             refused.ticket = 0
@@ -344,7 +369,7 @@ class OpQueue:
         if self._is_closed:
             return
         self._is_closed = True
-        if not self._is_faulty:
+        if not self._is_faulty and self._last_stream is not None:
             self._last_event.synchronize()
         self._unsettled.clear()
         self._not_received.clear()

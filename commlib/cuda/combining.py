@@ -1,0 +1,126 @@
+"""Combines of the throughput regime: from the caller's tensors to a launch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from commlib.cuda.calls import ELEMENT_BYTES, KINDS, LAYOUTS, check_handle, check_tensor
+from commlib.cuda.launch import plan_combine, settle_bytes
+from commlib.cuda.memory import ALIGNMENT
+from commlib.cuda.operations import CudaHandle, KernelCall, PendingOp
+from commlib.cuda.params import CallWords, ExchangeCall
+from commlib.cuda.params import CombineCall as CombineParams
+from commlib.errors import ConfigError
+from commlib.executor import CombineCall
+from commlib.layout import align_up
+
+__all__ = ["CombineOps"]
+
+_PAYLOADS = (torch.float32, torch.bfloat16)  # by code
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """All that a launch depends on but addresses and numbers of tokens."""
+
+    code: int
+    layout: str
+    has_grads: bool
+    capacity: int
+
+
+class _Template:
+    """The structs of a launch, filled but for addresses; see the one of dispatches."""
+
+    def __init__(self, queue: Any, shape: _Shape) -> None:
+        config = queue.config
+        row_bytes = config.hidden * ELEMENT_BYTES[shape.code]
+        self.slot_bytes = align_up(row_bytes + (4 * config.num_topk if shape.has_grads else 0), 16)
+        launch = plan_combine(row_bytes, queue.tuning)
+        self.params = CombineParams(
+            piece_bytes=launch.piece_bytes,
+            slot_bytes=self.slot_bytes,
+            row_bytes=row_bytes,
+            layout=LAYOUTS[shape.layout],
+            final_warps=queue.tuning.final_warps,
+        )
+        self.exchange = ExchangeCall(
+            slot_bytes=self.slot_bytes,
+            call=CallWords(kind=KINDS["combine"], dtype=shape.code, has_grads=shape.has_grads, capacity=shape.capacity),
+        )
+        head = settle_bytes(config.num_experts, queue.num_ranks, 0, launch.warps)
+        self.kernel = KernelCall(
+            "combine_bf16" if shape.code == 1 else "combine_f32",
+            queue.num_local_sms,
+            32 * launch.warps,
+            max(launch.shared_bytes, head),
+            queue.mesh,
+            self.exchange,
+            self.params,
+        )
+
+
+class CombineOps:
+    """For `CudaEngine`."""
+
+    def __init__(self, queue: Any) -> None:
+        self._queue = queue
+        self._templates: dict[_Shape, _Template] = {}
+
+    def issue(self, call: CombineCall, *, is_split: bool) -> PendingOp:
+        queue = self._queue
+        queue.prepare()
+        try:
+            pending = self._make(call)
+        except ConfigError as error:
+            rejected: PendingOp = queue.reject("combine", error, is_split=is_split)
+            return rejected
+        pending.is_split = is_split
+        queue.issue(pending)
+        if pending.is_lazy:
+            pending.grant = None  # later operations come behind this one
+        return pending
+
+    def _make(self, call: CombineCall) -> PendingOp:
+        queue, hidden, topk = self._queue, self._queue.config.hidden, self._queue.config.num_topk
+        native: CudaHandle = check_handle(call.handle, queue.runtime_id)
+        device, rows, weights, grads = queue.device, native.num_rows, call.weights, call.weight_grads
+        y = check_tensor(call.y, "y", device, _PAYLOADS, (("num_rows", rows), ("hidden", hidden)))
+        if weights is not None:
+            weights = check_tensor(weights, "weights", device, (torch.float32,), (("num_rows", rows),))
+        if grads is not None:
+            dims = (("num_rows", rows),) if native.layout == "grouped" else (("num_rows", rows), ("num_topk", topk))
+            grads = check_tensor(grads, "weight_grads", device, (torch.float32,), dims)
+        shape = _Shape(_PAYLOADS.index(y.dtype), native.layout, grads is not None, native.capacity)
+        template = self._templates.get(shape)
+        if template is None:
+            template = self._templates[shape] = _Template(queue, shape)
+        out = torch.empty(native.num_tokens, hidden, dtype=y.dtype, device=device)
+        out_grads = None
+        if grads is not None:
+            out_grads = torch.empty(native.num_tokens, topk, dtype=torch.float32, device=device)
+        params, exchange = template.params, template.exchange
+        params.y, params.out = y.data_ptr(), out.data_ptr()
+        params.weights = 0 if weights is None else weights.data_ptr()
+        params.weight_grads = 0 if grads is None else grads.data_ptr()
+        params.out_weight_grads = 0 if out_grads is None else out_grads.data_ptr()
+        params.records, params.routes = native.records_address, native.routes_address
+        params.num_tokens = native.num_tokens
+        exchange.tables = native.tables
+        exchange.call.handle_epoch = native.epoch
+        pending = PendingOp("combine", queue.runtime_id, exchange)
+        pending.is_lazy, pending.data = native.capacity != 0, template.kernel
+        pending.grant_bytes = self._landing_bytes(native, template.slot_bytes)
+        pending.inputs, pending.out, pending.out_weight_grads = (y, weights, grads, call.handle), out, out_grads
+        return pending
+
+    def _landing_bytes(self, native: CudaHandle, slot_bytes: int) -> int:
+        """Room for the partial rows of the own tokens: one per rank that holds experts of a token."""
+        queue = self._queue
+        if not native.capacity:
+            return sum(align_up(count * slot_bytes, ALIGNMENT) for count in native.rank_counts[queue.rank])
+        most = min(queue.num_ranks, queue.config.num_topk) * native.num_tokens
+        return align_up(most * slot_bytes, ALIGNMENT) + int(queue.num_ranks) * ALIGNMENT

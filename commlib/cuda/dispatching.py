@@ -1,0 +1,282 @@
+"""Dispatches of the throughput regime: from the caller's tensors to a launch, from a launch to results."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from commlib.cuda.calls import (
+    CASTS,
+    ELEMENT_BYTES,
+    KINDS,
+    LAYOUTS,
+    check_capacity,
+    check_handle,
+    check_routing,
+    check_rows,
+)
+from commlib.cuda.landing import dispatch_landing
+from commlib.cuda.launch import plan_dispatch, settle_bytes
+from commlib.cuda.operations import ArenaBytes, CudaHandle, KernelCall, PendingOp
+from commlib.cuda.params import CallWords, ExchangeCall, Landing, Tables
+from commlib.cuda.params import DispatchCall as DispatchParams
+from commlib.errors import CapacityError, ConfigError
+from commlib.executor import DispatchCall
+from commlib.handle import Dispatched, Handle
+from commlib.layout import Layout, format_bytes, num_scales
+
+__all__ = ["DispatchOps"]
+
+_MAX_TEMPLATES = 256
+_PAYLOADS = (torch.float32, torch.bfloat16, torch.float8_e4m3fn)  # by code
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """All that a launch depends on but addresses."""
+
+    is_fresh: bool
+    num_tokens: int
+    code: int
+    fp8: str | None
+    layout: str
+    alignment: int
+    capacity: int
+
+
+class _Template:
+    """The structs of a launch, filled but for addresses. Used again: launches copy them, and an operation that may
+    have to be launched twice is settled before the next one begins."""
+
+    def __init__(self, queue: Any, shape: _Shape) -> None:
+        config, topk = queue.config, queue.config.num_topk
+        is_cast, is_fp8 = shape.fp8 is not None, shape.fp8 is not None or shape.code == 2
+        self.dtype = _PAYLOADS[2 if is_fp8 else shape.code]
+        self.num_scales = num_scales(config.hidden) if is_fp8 else 0
+        in_row_bytes = config.hidden * ELEMENT_BYTES[shape.code]
+        launch = plan_dispatch(
+            in_row_bytes, queue.tuning, cast_element_bytes=ELEMENT_BYTES[shape.code] if is_cast else 0
+        )
+        is_busy = is_cast or shape.layout == "rows"
+        tokens_per_block = max(1, -(-shape.num_tokens // queue.num_sms))
+        self.params = DispatchParams(
+            slots=queue.buffers.slots.data_ptr(),
+            block_base=queue.buffers.block_base.data_ptr(),
+            num_tokens=shape.num_tokens,
+            tokens_per_block=tokens_per_block,
+            in_row_bytes=in_row_bytes,
+            row_bytes=config.hidden if is_fp8 else in_row_bytes,
+            num_scales=self.num_scales,
+            piece_bytes=launch.piece_bytes,
+            push_warps=queue.tuning.busy_push_warps if is_busy else queue.tuning.push_warps,
+            push_blocks=queue.num_sms,
+            layout=LAYOUTS[shape.layout],
+            alignment=shape.alignment,
+            cast=CASTS[shape.fp8],
+            dtype=shape.code,
+            capacity=shape.capacity,
+        )
+        self.exchange = ExchangeCall(
+            row_bytes=self.params.row_bytes,
+            scales_bytes=4 * self.num_scales,
+            num_tokens=shape.num_tokens,
+            tokens_per_block=tokens_per_block,
+            count_blocks=queue.num_sms if shape.is_fresh else 0,
+            call=CallWords(
+                kind=KINDS["dispatch" if shape.is_fresh else "cached_dispatch"],
+                dtype=shape.code,
+                cast=self.params.cast,
+                layout=self.params.layout,
+                alignment=shape.alignment,
+                capacity=shape.capacity,
+            ),
+        )
+        head = settle_bytes(config.num_experts, queue.num_ranks, self.exchange.count_blocks, launch.warps)
+        shared_bytes = max(launch.shared_bytes, head)
+        self.kernel = KernelCall(
+            "dispatch", queue.num_local_sms, 32 * launch.warps, shared_bytes, queue.mesh, self.exchange, self.params
+        )
+        # Of a handle: tables, then routes.
+        ranks, experts = queue.num_ranks, config.num_experts // queue.num_ranks
+        self.table_places: list[tuple[str, int]] = []
+        place = 0
+        for name, size in (
+            ("rank_counts", ranks * ranks),
+            ("num_rows", ranks),
+            ("rows_per_expert", experts),
+            ("expert_offset", experts + 1),
+            ("state", 1),
+        ):
+            self.table_places.append((name, place))
+            place += size
+        self.first_count = ranks * ranks + ranks
+        self.num_experts = experts
+        self.routes_place = -(-place // 4) * 4
+        self.num_words = self.routes_place + max(1, shape.num_tokens * topk) * 4
+        self.landing: Landing | None = None
+        if shape.capacity:
+            self.landing = self.landing_of(queue, shape, shape.capacity, queue.num_ranks * config.max_tokens)
+
+    def landing_of(self, queue: Any, shape: _Shape, num_rows: int, num_records: int) -> Landing:
+        return dispatch_landing(
+            num_rows,
+            num_records,
+            row_bytes=self.params.row_bytes,
+            scales_bytes=4 * self.num_scales,
+            num_topk=queue.config.num_topk,
+            is_rows=shape.layout == "rows",
+            is_fresh=shape.is_fresh,
+        )
+
+
+class DispatchOps:
+    """For `CudaEngine`."""
+
+    def __init__(self, queue: Any) -> None:
+        self._queue = queue
+        self._templates: dict[_Shape, _Template] = {}
+
+    def issue(self, call: DispatchCall, *, is_split: bool) -> PendingOp:
+        queue = self._queue
+        queue.prepare()
+        try:
+            pending, shape = self._make(call)
+        except (ConfigError, CapacityError) as error:
+            kind = "dispatch" if call.handle is None else "cached_dispatch"
+            rejected: PendingOp = queue.reject(kind, error, is_split=is_split)
+            return rejected
+        pending.is_split = is_split
+        queue.issue(pending)
+        landing = self._templates_of(shape).landing
+        if shape.is_fresh and landing is not None:
+            queue.keep_records(pending, int(landing.output_bytes))
+        return pending
+
+    def result(self, pending: PendingOp) -> Dispatched:
+        """Views of the landing, which they keep."""
+        native, slab, shape = pending.handle, pending.grant, pending.shape
+        assert native is not None and slab is not None
+        template = self._templates_of(shape)
+        landing = template.landing
+        if landing is None:
+            received = sum(row[self._queue.rank] for row in native.rank_counts)
+            landing = template.landing_of(self._queue, shape, native.num_rows, received)
+        self._queue.remember(slab)
+        num_rows, hidden, num_topk = native.num_rows, self._queue.config.hidden, self._queue.config.num_topk
+        size, device = int(landing.output_bytes), self._queue.device
+        # One tensor holds the slab, the results are views of it.
+        if size:
+            whole = torch.as_tensor(ArenaBytes(slab.address, size, slab), device=device)
+        else:
+            whole = torch.empty(0, dtype=torch.uint8, device=device)
+        x = _view(whole, 0, template.dtype, num_rows, hidden)
+        scales = row_weights = topk_idx = topk_weights = None
+        if template.num_scales:
+            scales = _view(whole, int(landing.scales), torch.float32, num_rows, template.num_scales)
+        if shape.is_fresh and shape.layout == "grouped":
+            row_weights = _view(whole, int(landing.weights), torch.float32, num_rows, 1).view(-1)
+        elif shape.is_fresh:
+            topk_weights = _view(whole, int(landing.weights), torch.float32, num_rows, num_topk)
+            topk_idx = _view(whole, int(landing.topk_idx), torch.int64, num_rows, num_topk)
+        handle = pending.public_handle or Handle(native, Layout(native.layout), self._queue.runtime_id)
+        return Dispatched(x, scales, row_weights, topk_idx, topk_weights, handle.num_tokens_per_expert, handle)
+
+    def _make(self, call: DispatchCall) -> tuple[PendingOp, _Shape]:
+        queue, config, handle, fp8 = self._queue, self._queue.config, call.handle, call.fp8
+        native: CudaHandle | None = None
+        if handle is not None:
+            native = check_handle(handle, queue.runtime_id)
+            if call.topk_idx is not None or call.topk_weights is not None or call.capacity is not None:
+                raise ConfigError("dispatch by handle takes no topk_idx, no topk_weights and no capacity")
+            assert native is not None
+            layout, alignment, capacity = native.layout, native.alignment, native.capacity
+        else:
+            layout, alignment, capacity = self._check_options(call)
+        x, scales, code = check_rows(
+            call.x, call.scales, fp8, queue.device, config, None if native is None else native.num_tokens
+        )
+        shape = _Shape(native is None, x.shape[0], code, fp8, layout, alignment, capacity)
+        template = self._templates_of(shape)
+        params, exchange = template.params, template.exchange
+        topk_idx = topk_weights = None
+        if native is None:
+            topk_idx, topk_weights = check_routing(
+                call.topk_idx, call.topk_weights, queue.device, shape.num_tokens, config.num_topk
+            )
+            native = self._new_handle(shape, template)
+            # Not 0 without tokens: 0 says "by handle".
+            params.topk_idx = exchange.topk_idx = topk_idx.data_ptr() or params.slots
+            params.topk_weights = exchange.topk_weights = 0 if topk_weights is None else topk_weights.data_ptr()
+        else:
+            params.records = native.records_address
+            exchange.call.handle_epoch = native.epoch
+        params.x, params.scales = x.data_ptr(), 0 if scales is None else scales.data_ptr()
+        params.routes = native.routes_address
+        params.tables = exchange.tables = native.tables
+        pending = PendingOp("dispatch" if shape.is_fresh else "cached_dispatch", queue.runtime_id, exchange)
+        pending.shape, pending.handle, pending.public_handle = shape, native, handle
+        pending.is_lazy, pending.data = capacity != 0, template.kernel
+        pending.inputs = (x, scales, topk_idx, topk_weights)
+        pending.grant_bytes = self._needed_bytes(shape, template, native)
+        return pending, shape
+
+    def _check_options(self, call: DispatchCall) -> tuple[str, int, int]:
+        config, layout = self._queue.config, call.layout
+        alignment = config.expert_alignment if call.expert_alignment is None else call.expert_alignment
+        if not isinstance(alignment, int) or not 1 <= alignment < 2**31:
+            raise ConfigError(f"expert_alignment={alignment!r} is not an integer in 1..2^31-1")
+        if layout not in LAYOUTS:
+            raise ConfigError(f'layout={layout!r} is not "grouped" or "rows"')
+        # Rows are numbered in 32 bits.
+        experts = config.num_experts // self._queue.num_ranks
+        slots = self._queue.num_ranks * config.max_tokens * min(config.num_topk, experts)
+        if (most := slots + experts * (alignment - 1)) >= 2**31:
+            raise ConfigError(
+                f"expert_alignment={alignment}: num_ranks={self._queue.num_ranks} x max_tokens={config.max_tokens} "
+                f"tokens and {experts} local experts may need {most} rows, the limit is 2^31-1"
+            )
+        return str(layout), alignment, check_capacity(call.capacity)
+
+    def _templates_of(self, shape: _Shape) -> _Template:
+        template = self._templates.get(shape)
+        if template is None:
+            if len(self._templates) >= _MAX_TEMPLATES:
+                self._templates.clear()
+            template = self._templates[shape] = _Template(self._queue, shape)
+        return template
+
+    def _needed_bytes(self, shape: _Shape, template: _Template, native: CudaHandle) -> int | None:
+        """Room that the landing takes; None: nobody knows yet. Calls that nobody waits for cannot grow the heap."""
+        if template.landing is not None:
+            needed = int(template.landing.total_bytes)
+            if needed > (available := self._queue.arena.heap.largest_bytes):
+                raise CapacityError(
+                    f"capacity={shape.capacity} needs {format_bytes(needed)} in one piece, the heap has "
+                    f"{format_bytes(available)}; give the Runtime more arena_bytes",
+                    needed=needed,
+                    available=available,
+                )
+            return needed
+        if shape.is_fresh:
+            return None
+        return int(template.landing_of(self._queue, shape, native.num_rows, 0).total_bytes)
+
+    def _new_handle(self, shape: _Shape, template: _Template) -> CudaHandle:
+        words = torch.empty(template.num_words, dtype=torch.int32, device=self._queue.device)
+        tables, first = Tables(), words.data_ptr()
+        for name, place in template.table_places:
+            setattr(tables, name, first + 4 * place)
+        handle = CudaHandle(
+            shape.layout, shape.alignment, shape.num_tokens, shape.capacity, tables, words,
+            first + 4 * template.routes_place,
+        )  # fmt: skip
+        if shape.capacity:
+            handle.num_rows = shape.capacity
+            handle.rows_per_expert = words[template.first_count : template.first_count + template.num_experts]
+        return handle
+
+
+def _view(whole: Any, offset: int, dtype: torch.dtype, rows: int, columns: int) -> Any:
+    return whole[offset : offset + rows * columns * dtype.itemsize].view(dtype).view(rows, columns)

@@ -81,7 +81,12 @@ Engine::Engine(const EngineConfig& config) : config_(config), pid_(getpid()) {
   proxy_ = std::make_unique<Proxy>(*mesh_, board_, config.num_threads);
   std::unique_ptr<Transport> transport;
   if (has_scale_out) {
-    transport = make_transport(config.transport, proxy_.get(), config.rank);
+    TransportOptions options = config.transport_options;
+    options.local_rank = mesh_->group().local_rank_of(config.rank);
+    options.node = mesh_->group().node();
+    transport = config.make_transport
+                    ? config.make_transport(proxy_.get(), config.rank)
+                    : make_transport(config.transport, proxy_.get(), config.rank, options);
     transport->register_region(mesh_->memory().base(), mesh_->memory().bytes());
   }
   proxy_->set_transport(std::move(transport), config.heartbeat_timeout_s);

@@ -1,6 +1,7 @@
 // One Runtime's native side: memory, proxy, executor. What the bindings and the native tests see.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -26,6 +27,9 @@ struct EngineConfig {
   double heartbeat_timeout_s = 10;
   uint64_t config_digest = 0;  // ranks that disagree are told so in connect()
   std::string transport = "ucx";
+  TransportOptions transport_options;  // local_rank and node are filled in here
+  // Test hook: makes the transport in place of the provider named above.
+  std::function<std::unique_ptr<Transport>(PutListener*, int rank)> make_transport;
 };
 
 struct MemoryReport {

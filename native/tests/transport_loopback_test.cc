@@ -149,11 +149,11 @@ TEST_CASE("null completes every put and moves nothing") {
 TEST_CASE("an unknown provider is refused with the names") {
   TokenCounter tokens;
   try {
-    make_transport("verbs", &tokens, 0);
+    make_transport("carrier pigeon", &tokens, 0);
     FAIL("accepted");
   } catch (const std::invalid_argument& error) {
     const std::string message = error.what();
-    for (const char* word : {"verbs", "ucx", "loopback", "null"}) {
+    for (const char* word : {"pigeon", "auto", "verbs", "ucx", "loopback", "null"}) {
       CHECK(message.find(word) != std::string::npos);
     }
   }

@@ -2,15 +2,12 @@
 // started again with --peer) that can be stopped and killed.
 #define DOCTEST_CONFIG_IMPLEMENT
 #include <doctest/doctest.h>
-#include <signal.h>
-#include <sys/wait.h>
-#include <unistd.h>
 
 #include <cstdlib>
 #include <cstring>
 #include <optional>
 
-#include "tests/transport_stream.hpp"
+#include "tests/peer_process.hpp"
 
 namespace commlib::testing {
 namespace {
@@ -31,107 +28,6 @@ class ScopedTls {
     if (tls != nullptr) setenv("UCX_TLS", tls, 1);
   }
   ~ScopedTls() { unsetenv("UCX_TLS"); }
-};
-
-void write_all(int fd, const void* data, size_t bytes) {
-  if (write(fd, data, bytes) != static_cast<ssize_t>(bytes)) throw std::runtime_error("write");
-}
-
-void read_all(int fd, void* data, size_t bytes) {
-  for (size_t done = 0; done < bytes;) {
-    const ssize_t n = read(fd, static_cast<char*>(data) + done, bytes - done);
-    if (n <= 0) throw std::runtime_error("the other process is gone");
-    done += static_cast<size_t>(n);
-  }
-}
-
-void write_blob(int fd, const std::vector<uint8_t>& blob) {
-  const size_t bytes = blob.size();
-  write_all(fd, &bytes, sizeof(bytes));
-  write_all(fd, blob.data(), bytes);
-}
-
-std::vector<uint8_t> read_blob(int fd) {
-  size_t bytes = 0;
-  read_all(fd, &bytes, sizeof(bytes));
-  std::vector<uint8_t> blob(bytes);
-  read_all(fd, blob.data(), bytes);
-  return blob;
-}
-
-// The peer process: rank 1, consumer of a stream. Pipes on descriptors 3 (in) and 4 (out).
-int run_peer(const StreamShape& shape) {
-  Node node(1, shape, make_node_transport);
-  write_blob(4, node.transport->address());
-  node.transport->connect(0, read_blob(3));
-  Stream stream(node, 0, false, true);
-  while (!stream.step()) {
-    if (const auto fault = node.transport->take_fault()) {
-      fprintf(stderr, "peer: %s\n", fault->message.c_str());
-      return 3;
-    }
-    if (getppid() == 1) return 4;  // orphaned
-  }
-  const uint64_t bad_words = stream.bad_words();
-  write_all(4, &bad_words, sizeof(bad_words));
-  // The producer says when it has seen the last acknowledgement.
-  uint8_t go = 0;
-  read_all(3, &go, 1);
-  node.transport->shutdown(2.0);
-  return 0;
-}
-
-class PeerProcess {
- public:
-  explicit PeerProcess(const char* shape) {
-    int to_peer[2], from_peer[2];
-    if (pipe(to_peer) != 0 || pipe(from_peer) != 0) throw std::runtime_error("pipe");
-    pid_ = fork();
-    if (pid_ == 0) {
-      const int in = dup(to_peer[0]), out = dup(from_peer[1]);
-      for (int fd : {to_peer[0], to_peer[1], from_peer[0], from_peer[1]}) close(fd);
-      const int in_high = fcntl_dup(in, 10), out_high = fcntl_dup(out, 11);
-      dup2(in_high, 3);
-      dup2(out_high, 4);
-      execl("/proc/self/exe", "transport_ucx_test", "--peer", shape, nullptr);
-      _exit(127);
-    }
-    close(to_peer[0]);
-    close(from_peer[1]);
-    in_ = from_peer[0];
-    out_ = to_peer[1];
-  }
-  ~PeerProcess() {
-    if (pid_ > 0) {
-      kill(pid_, SIGKILL);
-      wait();
-    }
-    close(in_);
-    close(out_);
-  }
-  void signal(int number) { kill(pid_, number); }
-  int wait() {
-    int status = 0;
-    waitpid(pid_, &status, 0);
-    pid_ = -1;
-    return WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
-  }
-  void connect(Node& node) {
-    node.transport->connect(1, read_blob(in_));
-    write_blob(out_, node.transport->address());
-  }
-  int in() const { return in_; }
-  int out() const { return out_; }
-
- private:
-  static int fcntl_dup(int fd, int at) {
-    dup2(fd, at);
-    close(fd);
-    return at;
-  }
-  pid_t pid_ = -1;
-  int in_ = -1;
-  int out_ = -1;
 };
 
 constexpr double kPatience = 30.0;  // only a hang takes that long
@@ -200,7 +96,7 @@ TEST_CASE("threads, default transports: every word is there when the signal is")
 
 void check_processes(const char* tls, const char* shape_name, const StreamShape& shape) {
   ScopedTls scoped(tls);
-  PeerProcess peer(shape_name);
+  PeerProcess peer({"--peer", shape_name});
   Node node(0, shape, make_node_transport);
   peer.connect(node);
   Stream stream(node, 1, true, false);
@@ -240,7 +136,7 @@ void step_until_flowing(Stream& stream) {
 
 void check_kill(const char* tls, bool is_stopped_first) {
   ScopedTls scoped(tls);
-  PeerProcess peer("endless");
+  PeerProcess peer({"--peer", "endless"});
   Node node(0, kEndless, make_node_transport);
   peer.connect(node);
   Stream stream(node, 1, true, false);
@@ -281,7 +177,7 @@ TEST_CASE("tcp: killed with puts in flight") { check_kill(kTcp, true); }
 // Shared memory does not tell that its other user has gone: no fault, that is the heartbeat's
 // business; closing keeps its time-out and reports every token.
 TEST_CASE("default transports: a killed peer is silent and closing does not wait for it") {
-  PeerProcess peer("endless");
+  PeerProcess peer({"--peer", "endless"});
   Node node(0, kEndless, make_node_transport);
   peer.connect(node);
   Stream stream(node, 1, true, false);
@@ -300,7 +196,7 @@ TEST_CASE("default transports: a killed peer is silent and closing does not wait
 // Long enough for the receive window to close and for keepalive rounds to pass.
 void check_stop(const char* tls, double seconds) {
   ScopedTls scoped(tls);
-  PeerProcess peer("endless");
+  PeerProcess peer({"--peer", "endless"});
   Node node(0, kEndless, make_node_transport);
   peer.connect(node);
   Stream stream(node, 1, true, false);
@@ -378,7 +274,10 @@ int main(int argc, char** argv) {
   signal(SIGPIPE, SIG_IGN);
   if (argc == 3 && std::strcmp(argv[1], "--peer") == 0) {
     const std::string name = argv[2];
-    return run_peer(name == "small" ? kSmall : name == "large" ? kLarge : kEndless);
+    return run_peer(name == "small"   ? kSmall
+                    : name == "large" ? kLarge
+                                      : kEndless,
+                    make_node_transport);
   }
   return doctest::Context(argc, argv).run();
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <string>
 
 #include "transport/transport.hpp"
 
@@ -17,6 +18,12 @@ struct LoopbackOptions {
 };
 
 std::unique_ptr<Transport> make_ucx(PutListener* listener, int rank);
+std::unique_ptr<Transport> make_verbs(PutListener* listener, int rank,
+                                      const TransportOptions& options = {});
+// True if libibverbs can be loaded and an RDMA port is active and has an address.
+bool has_verbs();
+// The library and the usable ports, or why there are none.
+std::string describe_verbs();
 std::unique_ptr<Transport> make_loopback(PutListener* listener, int rank,
                                          LoopbackOptions options = {});
 std::unique_ptr<Transport> make_null(PutListener* listener, int rank);

@@ -11,8 +11,9 @@
 // puts posted before the fence that precedes the signal. A signal without a fence may overtake the
 // puts before it. Signals to the same word keep their order, fence or not.
 //
-// Bytes may land only while the receiver calls `progress()` (UCX over TCP or shared memory): every
-// rank calls it all the time, also while it has nothing to send.
+// Bytes may land only while the receiver calls `progress()` (UCX over TCP or shared memory; verbs
+// until a connection is made, and signals by immediate): every rank calls it all the time, also
+// while it has nothing to send.
 //
 // Judging a peer: a transport reports positive evidence (connection reset, process gone). A peer
 // that is merely silent (stopped, partitioned, slow) is never a fault here, the runtime's heartbeat
@@ -68,6 +69,25 @@ class RegistrationException : public std::runtime_error {
   size_t available_;
 };
 
+// What the machine and its administrator decide. Only `verbs` uses the rest below the first two.
+struct TransportOptions {
+  int local_rank = 0;  // among the ranks of the node, which share its ports
+  int node = 0;
+  std::string near_pci;           // PCI address of the GPU whose data moves; empty: none
+  std::vector<std::string> nics;  // ports by name, "mlx5_0" or "mlx5_0:2"; empty: by distance
+  int max_nics = 1;               // ports of equal distance to share the peers among
+  int gid_index = -1;             // -1: the best one
+  int mtu = 0;                    // bytes, at most; 0: what the port has
+  int ack_timeout = 16;           // a packet is sent again after 4.096 us * 2^this
+  int retry_count = 6;            // times, before the peer counts as lost; 7 is for ever on rxe
+  int rnr_retry_count = 7;        // likewise while the peer has no receive posted; 7: for ever
+  int traffic_class = 0;
+  int service_level = 0;
+  bool signal_by_immediate = false;  // see verbs.hpp
+  uint32_t send_operations = 128;    // in flight per peer, at most
+  size_t send_bytes = 8 << 20;
+};
+
 // Receives the completions of puts, only from inside `progress` or `shutdown` (never from `put`),
 // so on the proxy thread.
 class PutListener {
@@ -76,6 +96,16 @@ class PutListener {
   // The local bytes of this put may be reused. May post further commands, except when called from
   // `shutdown`; must not call `progress` or `shutdown`.
   virtual void on_put_complete(uint64_t token) = 0;
+};
+
+// Memory of a GPU. A provider may use the dmabuf (offset bytes into it lies `base`), or reach the
+// memory by its address if the driver allows that; if neither works it throws
+// RegistrationException, and the caller goes through host memory.
+struct DeviceRegion {
+  void* base = nullptr;
+  size_t bytes = 0;
+  int dmabuf_fd = -1;
+  uint64_t dmabuf_offset = 0;
 };
 
 class Transport {
@@ -90,6 +120,10 @@ class Transport {
   // Registers the caller's memory, which must outlive the transport. Once, before `address`.
   // Throws RegistrationException (limits) or TransportException.
   virtual void register_region(void* base, size_t bytes) = 0;
+
+  // The same for device memory, see DeviceRegion. The default knows no devices and throws
+  // TransportException.
+  virtual void register_device_region(const DeviceRegion& region);
 
   // What a peer needs to reach this rank's region. Opaque, exchanged by the caller.
   virtual std::vector<uint8_t> address() const = 0;
@@ -129,8 +163,10 @@ class Transport {
   virtual void shutdown(double timeout_s) noexcept = 0;
 };
 
-// Providers: "ucx", "loopback" (ranks are threads of this process), "null" (moves nothing).
-// Throws std::invalid_argument for another name. The listener must outlive the transport.
-std::unique_ptr<Transport> make_transport(const std::string& name, PutListener* listener, int rank);
+// Providers: "ucx", "verbs" (InfiniBand, RoCE), "auto" (verbs if there is a usable port, else ucx),
+// "loopback" (ranks are threads of this process), "null" (moves nothing). Throws
+// std::invalid_argument for another name. The listener must outlive the transport.
+std::unique_ptr<Transport> make_transport(const std::string& name, PutListener* listener, int rank,
+                                          const TransportOptions& options = {});
 
 }  // namespace commlib

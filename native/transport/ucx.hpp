@@ -31,6 +31,10 @@ class UcxTransport final : public ProviderBase {
   std::string name() const override { return "ucx"; }
   std::string describe() const override;
   void register_region(void* base, size_t bytes) override;
+  // UCX finds out by itself whose memory an address is.
+  void register_device_region(const DeviceRegion& region) override {
+    register_region(region.base, region.bytes);
+  }
   std::vector<uint8_t> address() const override;
   void connect(int peer, const std::vector<uint8_t>& address) override;
   void put(int peer, size_t local_offset, size_t remote_offset, size_t bytes,

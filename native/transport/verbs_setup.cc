@@ -1,0 +1,237 @@
+// Verbs provider: devices, registration, addresses, connections.
+#include <cerrno>
+#include <cstring>
+#include <sstream>
+
+#include "transport/providers.hpp"
+#include "transport/verbs.hpp"
+
+namespace commlib {
+namespace {
+
+constexpr const char* kSysfs = "/sys";
+
+NicRequest request_of(const TransportOptions& options) {
+  NicRequest request;
+  request.names = options.nics;
+  if (!options.near_pci.empty()) request.near = find_pci(kSysfs, options.near_pci);
+  request.max_nics = options.max_nics;
+  request.spread = options.local_rank;
+  request.gid_index = options.gid_index;
+  return request;
+}
+
+}  // namespace
+
+VerbsTransport::VerbsTransport(PutListener* listener, int rank, const TransportOptions& options)
+    : ProviderBase(listener, rank), options_(options) {
+  std::string reason;
+  const VerbsApi* api = load_verbs(&reason);
+  if (api == nullptr) throw_setup("dlopen", ENOENT, -1, reason);
+  library_ = api->path;
+  try {
+    open_lanes(*api);
+  } catch (...) {
+    release_lanes();
+    throw;
+  }
+}
+
+VerbsTransport::~VerbsTransport() { shutdown(0.0); }
+
+void VerbsTransport::throw_setup(const char* call, int code, int peer,
+                                 const std::string& what) const {
+  throw TransportException(call, code, peer, "rank " + std::to_string(rank()) + ": verbs: " + what);
+}
+
+void VerbsTransport::open_lanes(const VerbsApi& api) {
+  std::vector<NicChoice> choices;
+  try {
+    choices = choose_nics(read_nic_ports(kSysfs), request_of(options_));
+  } catch (const std::invalid_argument& error) {
+    throw_setup("choose_nics", ENODEV, -1, error.what());
+  }
+  if (choices.empty())
+    throw_setup("choose_nics", ENODEV, -1,
+                "no RDMA port is active and has a GID (/sys/class/infiniband)");
+  for (const NicChoice& choice : choices) {
+    Lane& lane = lanes_.emplace_back();
+    lane.device = std::make_unique<VerbsDevice>(api, choice, options_);
+    lane.control = std::make_unique<ControlPort>(*lane.device);
+  }
+}
+
+void VerbsTransport::register_region(void* base, size_t bytes) {
+  register_lanes({base, bytes, -1, 0});
+}
+
+void VerbsTransport::register_device_region(const DeviceRegion& region) {
+  is_host_memory_ = false;
+  if (options_.signal_by_immediate)
+    throw_setup("register_device_region", EINVAL, -1,
+                "signals by immediate are stored by the processor, which cannot reach device "
+                "memory: use signals by write");
+  register_lanes(region);
+}
+
+void VerbsTransport::register_lanes(const DeviceRegion& region) {
+  if (base_ != nullptr || region.base == nullptr || region.bytes == 0)
+    throw_setup("register_region", EINVAL, -1, "one non-empty region is registered, once");
+  if (options_.signal_by_immediate && region.bytes / kWordBytes > UINT32_MAX)
+    throw_setup(
+        "register_region", EINVAL, -1,
+        std::to_string(region.bytes) + " bytes have more words than an immediate can name (2^32)");
+  for (Lane& lane : lanes_) register_lane(lane, region);
+  base_ = static_cast<std::byte*>(region.base);
+  bytes_ = region.bytes;
+}
+
+// dmabuf, else by address: for device memory that takes a driver which lends its pages (peermem).
+void VerbsTransport::register_lane(Lane& lane, const DeviceRegion& region) {
+  constexpr int kStrict = IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_WRITE;
+  const VerbsDevice& device = *lane.device;
+  std::string dmabuf_error;
+  const auto add = [&](int access) {
+    if (region.dmabuf_fd >= 0 && dmabuf_error.empty()) {
+      ibv_mr* made = device.register_dmabuf(region.dmabuf_fd, region.dmabuf_offset, region.base,
+                                            region.bytes, access);
+      if (made != nullptr) return made;
+      dmabuf_error = std::strerror(errno);
+    }
+    ibv_mr* made = device.register_memory(region.base, region.bytes, access);
+    if (made == nullptr) throw_registration(errno, region.bytes);
+    return made;
+  };
+  lane.data = add(kStrict | IBV_ACCESS_RELAXED_ORDERING);
+  lane.signal = add(kStrict);
+  registration_ = is_host_memory_ ? "host memory" : "device memory";
+  if (region.dmabuf_fd >= 0)
+    registration_ += dmabuf_error.empty() ? " by dmabuf" : " by address, dmabuf: " + dmabuf_error;
+}
+
+void VerbsTransport::throw_registration(int code, size_t bytes) const {
+  const std::string what = "rank " + std::to_string(rank()) + ": cannot register " +
+                           std::to_string(bytes) + " bytes, twice for each of " +
+                           std::to_string(lanes_.size()) + " ports";
+  // Each port registers the region for data and for signals, and each counts.
+  const size_t needed = 2 * lanes_.size() * bytes;
+  if (is_host_memory_) throw_unregistered(what, code, needed);
+  throw RegistrationException(
+      needed, 0,
+      what + ": ibv_reg_mr: " + std::strerror(code) +
+          "; device memory needs a dmabuf, or a driver that lends its pages (nvidia-peermem); "
+          "else move data through host memory");
+}
+
+std::vector<uint8_t> VerbsTransport::address() const {
+  if (base_ == nullptr) throw_setup("address", EINVAL, -1, "no region is registered");
+  VerbsAddressHead head;
+  head.num_lanes = uint32_t(lanes_.size());
+  head.base = reinterpret_cast<uint64_t>(base_);
+  head.bytes = bytes_;
+  std::vector<uint8_t> blob(sizeof head + lanes_.size() * sizeof(VerbsAddressLane));
+  std::memcpy(blob.data(), &head, sizeof head);
+  for (size_t i = 0; i < lanes_.size(); ++i) {
+    const VerbsAddressLane lane{lanes_[i].control->address(), lanes_[i].data->rkey,
+                                lanes_[i].signal->rkey};
+    std::memcpy(blob.data() + sizeof head + i * sizeof lane, &lane, sizeof lane);
+  }
+  return blob;
+}
+
+void VerbsTransport::connect(int peer, const std::vector<uint8_t>& address) {
+  const size_t index = static_cast<size_t>(peer);
+  if (peer < 0 || (index < peers_.size() && peers_[index] != nullptr) || is_shut_down_ ||
+      base_ == nullptr)
+    throw_setup("connect", EINVAL, peer,
+                "rank " + std::to_string(peer) +
+                    " cannot be connected (again, or before a region "
+                    "is registered)");
+  auto entry = std::make_unique<Peer>();
+  entry->rank = peer;
+  start_peer(*entry, address);
+  if (index >= peers_.size()) peers_.resize(index + 1);
+  peers_[index] = std::move(entry);
+  connected_.push_back(peers_[index].get());
+  asking_.push_back(peers_[index].get());
+  ask(*peers_[index]);
+}
+
+void VerbsTransport::start_peer(Peer& peer, const std::vector<uint8_t>& address) {
+  VerbsAddressHead head{0, 0, 0, 0};
+  if (address.size() >= sizeof head) std::memcpy(&head, address.data(), sizeof head);
+  if (head.magic != VerbsAddressHead::kMagic || head.num_lanes == 0 ||
+      address.size() != sizeof head + head.num_lanes * sizeof(VerbsAddressLane))
+    throw_setup("connect", EINVAL, peer.rank,
+                "the address of rank " + std::to_string(peer.rank) +
+                    " is not one of the verbs provider: do all ranks use the same transport?");
+  // Peers are dealt out to the ports by their number; the own node's number shifts that, so that
+  // the senders to one peer do not all choose the same of its ports.
+  const uint32_t shared = std::min(head.num_lanes, uint32_t(lanes_.size()));
+  peer.lane = uint32_t(connected_.size() + size_t(options_.node)) % shared;
+  VerbsAddressLane there;
+  std::memcpy(&there, address.data() + sizeof head + peer.lane * sizeof there, sizeof there);
+  const Lane& lane = lanes_[peer.lane];
+  if (there.control.path.is_ethernet != lane.device->path().is_ethernet)
+    throw_setup("connect", EINVAL, peer.rank,
+                lane.device->choice().text + " and the port of rank " + std::to_string(peer.rank) +
+                    " are not of one kind (Ethernet, InfiniBand)");
+  peer.control = there.control;
+  peer.cookie = random_word();
+  peer.target = {head.base, head.bytes, there.data_key, there.signal_key, 0, 0};
+  peer.sender = std::make_unique<VerbsSender>(*lane.device, options_, lane.data,
+                                              uint64_t(connected_.size()) << 32);
+  peer.route = lane.device->create_route(there.control.path);
+}
+
+std::string VerbsTransport::describe_peer(const Peer& peer) const {
+  std::string text = "rank " + std::to_string(peer.rank) + ": ";
+  if (peer.is_failed) return text + "closed";
+  const NicChoice& port = lanes_[peer.lane].device->choice();
+  text += "rc/" + port.device + ":" + std::to_string(port.port);
+  return peer.sender->is_open() ? text : text + " (connecting)";
+}
+
+std::string VerbsTransport::describe() const {
+  std::ostringstream text;
+  text << "verbs (" << library_ << ")";
+  for (const Lane& lane : lanes_)
+    text << ", " << lane.device->choice().text << ", mtu " << (128 << lane.device->path().mtu);
+  text << ", signals by " << (options_.signal_by_immediate ? "immediate" : "write");
+  if (!registration_.empty()) text << ", " << registration_;
+  for (const auto& peer : peers_)
+    if (peer != nullptr) text << ", " << describe_peer(*peer);
+  return text.str();
+}
+
+// Connections are gone.
+void VerbsTransport::release_lanes() noexcept {
+  for (Lane& lane : lanes_) {
+    if (lane.data != nullptr) lane.device->deregister(lane.data);
+    if (lane.signal != nullptr) lane.device->deregister(lane.signal);
+  }
+  lanes_.clear();
+}
+
+std::unique_ptr<Transport> make_verbs(PutListener* listener, int rank,
+                                      const TransportOptions& options) {
+  return std::make_unique<VerbsTransport>(listener, rank, options);
+}
+
+bool has_verbs() {
+  return load_verbs() != nullptr && !choose_nics(read_nic_ports(kSysfs), {}).empty();
+}
+
+std::string describe_verbs() {
+  std::string reason;
+  const VerbsApi* api = load_verbs(&reason);
+  if (api == nullptr) return "not available: " + reason;
+  NicRequest request;
+  request.max_nics = 1 << 16;
+  std::string text = api->path;
+  const std::vector<NicChoice> choices = choose_nics(read_nic_ports(kSysfs), request);
+  for (const NicChoice& choice : choices) text += ", " + choice.text;
+  return choices.empty() ? text + ", no usable port" : text;
+}
+
+}  // namespace commlib

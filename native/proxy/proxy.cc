@@ -1,7 +1,6 @@
 #include "proxy/proxy.hpp"
 
 #include <algorithm>
-#include <cassert>
 
 #include "common/backoff.hpp"
 
@@ -176,16 +175,32 @@ void Proxy::signal_dirty() {
 
 void Proxy::on_put_complete(uint64_t token) {
   if (token == kNoChannel) return;
-  Channel& channel = *channels_[token >> 48];
+  const uint64_t number = token >> 48;
   const uint64_t index = token & ((1ull << 48) - 1);
+  if (number >= channels_.size() || index >= channels_[number]->posted)
+    return raise_unknown_token(number, index);
+  Channel& channel = *channels_[number];
   uint64_t completed = channel.completed.load(std::memory_order_relaxed);
-  assert(index >= completed && index < channel.posted);
+  // The first report of a put stands; a provider that repeats one has lost nothing of ours.
+  if (index < completed) return;
   channel.in_flight[index - completed] = true;
   while (!channel.in_flight.empty() && channel.in_flight.front()) {
     channel.in_flight.pop_front();
     ++completed;
   }
   channel.completed.store(completed, std::memory_order_release);  // partner: completed()
+}
+
+// The provider is out of its mind: slots may be reused while it reads them.
+void Proxy::raise_unknown_token(uint64_t channel, uint64_t index) {
+  FaultRecord record;
+  record.kind = FaultKind::kTransport;
+  record.rank = mesh_.group().rank();
+  record.seen = index;
+  if (channel < channels_.size()) record.expected = channels_[channel]->posted;
+  record.set_phase("transport/completion");
+  record.set_detail(("channel " + std::to_string(channel) + " has posted fewer puts").c_str());
+  board_.raise(record);
 }
 
 void Proxy::check_transport() {

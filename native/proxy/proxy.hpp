@@ -78,6 +78,7 @@ class Proxy : public PutListener {
   void signal_dirty();
   void say_goodbye();
   void check_transport();
+  void raise_unknown_token(uint64_t channel, uint64_t index);
 
   Mesh& mesh_;
   FaultBoard& board_;

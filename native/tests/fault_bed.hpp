@@ -26,6 +26,7 @@ struct FaultBedOptions {
   double timeout_s = kLong;
   double heartbeat_timeout_s = kLong;
   std::vector<int> node_of_rank = {0, 0, 1, 1};
+  std::function<void(EngineConfig&)> adapt;  // further changes, rank by rank
 };
 
 class FaultBed {
@@ -33,6 +34,7 @@ class FaultBed {
   explicit FaultBed(const FaultBedOptions& options = {})
       : scene_(make_scene(options)), group_(scene_.config, [&options](EngineConfig& config) {
           if (config.rank == options.impatient) config.timeout_s = kTimeout;
+          if (options.adapt) options.adapt(config);
         }) {
     // A first dispatch and combine that work: threads run, memory has grown, handles exist.
     handles_ = dispatches();

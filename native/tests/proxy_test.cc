@@ -176,6 +176,29 @@ TEST_CASE("completed() is the prefix of puts that completed, in whatever order t
   CHECK(prefix(0) == kPuts);
 }
 
+TEST_CASE("a completion that comes twice counts once, one of nothing is a fault") {
+  ProxyEnd end(0, {0, 1}, kRingBytes);
+  FakeTransport& fake = end.use_fake();
+  const uint32_t channel = end.proxy().channels().to_node(ChannelPurpose::kDispatchData, 1);
+  for (int i = 0; i < 4; ++i)
+    REQUIRE(end.fifo().push(encode({CommandKind::kPut, channel, 1, 16, 0, 0})));
+  end.proxy().start();
+  REQUIRE(wait_until([&] { return fake.events(Event::kPut).size() == 4; }));
+  end.proxy().stop(false, 0);  // from here on the listener is called on this thread
+  const std::vector<Event> puts = fake.events(Event::kPut);
+  for (size_t i : {1, 0, 1, 0, 3, 3}) end.proxy().on_put_complete(puts[i].value);
+  CHECK(end.proxy().completed(channel) == 2);
+  CHECK(!end.board().raised());
+  end.proxy().on_put_complete(puts[2].value);
+  CHECK(end.proxy().completed(channel) == 4);
+  end.proxy().on_put_complete(puts[3].value + 1);
+  REQUIRE(end.board().raised());
+  CHECK(end.board().record().kind == FaultKind::kTransport);
+  CHECK(end.board().record().expected == 4);
+  CHECK(end.board().record().seen == 4);
+  CHECK(end.proxy().completed(channel) == 4);
+}
+
 TEST_CASE("loopback: who sees the counter sees the data") {
   ProxyPair pair(kRingBytes);  // the provider reorders all that no fence keeps in order
   ProxyEnd& from = pair.end(0);

@@ -8,6 +8,7 @@ from commlib import _native
 from commlib.bootstrap import Bootstrap
 from commlib.bootstrap.agreement import allgather_or_raise
 from commlib.config import RuntimeConfig
+from commlib.env import read_env
 from commlib.errors import ConfigError
 from commlib.executor import CombineCall, DispatchCall
 from commlib.faults import error_of
@@ -16,6 +17,7 @@ from commlib.layout import default_arena_bytes
 from commlib.memory import MemoryReport
 from commlib.pending import PendingCombine, PendingDispatch, prepare_combine, prepare_dispatch
 from commlib.topology import Topology
+from commlib.transport import transport_options
 
 __all__ = ["CpuExecutor"]
 
@@ -132,6 +134,7 @@ def _native_config(rank: int, config: RuntimeConfig, topology: Topology) -> Any:
     native.node_of_rank = list(topology.node_of_rank)
     for name in _COPIED:
         setattr(native, name, getattr(config, name))
+    native.transport_options = transport_options(read_env())
     native.arena_bytes = (
         config.arena_bytes if config.arena_bytes is not None else default_arena_bytes(config, topology, rank)
     )

@@ -11,9 +11,23 @@ COMMLIB_RENDEZVOUS              tcp://host:port at which ranks meet
 COMMLIB_JOB_TOKEN               secret that the ranks of one job share
 COMMLIB_RANK                    this process's rank
 COMMLIB_WORLD_SIZE              number of ranks
-COMMLIB_TRANSPORT               name of the scale-out transport
+COMMLIB_TRANSPORT               name of the scale-out transport: ucx | verbs | auto
 COMMLIB_NUM_THREADS             worker threads of the CPU executor, per rank
 COMMLIB_BOOTSTRAP               auto | mpi | zmq | torch
+
+only the verbs transport reads:
+COMMLIB_NICS                    ports to use, "mlx5_0,mlx5_1:2"; unset: the nearest
+COMMLIB_MAX_NICS                how many of the nearest ports share the peers
+COMMLIB_GID_INDEX               index of the ports' address; unset: RoCE v2, IPv4 if there is one
+COMMLIB_MTU                     bytes of a packet at most: 256 | 512 | 1024 | 2048 | 4096
+COMMLIB_ACK_TIMEOUT             a packet is repeated after 4.096 us * 2^this; 1..31
+COMMLIB_RETRY_COUNT             repetitions before a peer counts as lost; 0..7
+COMMLIB_RNR_RETRY_COUNT         likewise while a peer has no receive posted; 0..6, 7 = for ever
+COMMLIB_TRAFFIC_CLASS           of the packets; 0..255
+COMMLIB_SERVICE_LEVEL           of the packets; 0..15
+COMMLIB_SIGNAL                  write | immediate: how a peer learns that data is there
+COMMLIB_SEND_OPERATIONS         work requests in flight to one peer, at most
+COMMLIB_SEND_BYTES              bytes in flight to one peer, at most
 ==============================  ============================================================================
 """
 
@@ -29,11 +43,12 @@ from typing import Any
 
 from commlib.errors import ConfigError
 
-__all__ = ["BOOTSTRAPS", "LOG_LEVELS", "Env", "launcher_environment", "read_env"]
+__all__ = ["BOOTSTRAPS", "LOG_LEVELS", "SIGNALS", "Env", "launcher_environment", "read_env"]
 
 PREFIX = "COMMLIB_"
 LOG_LEVELS = ("debug", "info", "warning", "error")
 BOOTSTRAPS = ("auto", "mpi", "zmq", "torch")
+SIGNALS = ("write", "immediate")
 
 _RENDEZVOUS = re.compile(r"tcp://(?P<host>\[[0-9A-Fa-f:.%]+\]|[^\s:/\[\]]+):(?P<port>\d{1,5})")
 
@@ -54,13 +69,28 @@ class Env:
     transport: str | None = None
     num_threads: int | None = None
     bootstrap: str = "auto"
+    nics: tuple[str, ...] | None = None
+    max_nics: int | None = None
+    gid_index: int | None = None
+    mtu: int | None = None
+    ack_timeout: int | None = None
+    retry_count: int | None = None
+    rnr_retry_count: int | None = None
+    traffic_class: int | None = None
+    service_level: int | None = None
+    signal: str | None = None
+    send_operations: int | None = None
+    send_bytes: int | None = None
 
 
-def _integer(minimum: int) -> Callable[[str, str], int]:
+def _integer(minimum: int, maximum: int | None = None) -> Callable[[str, str], int]:
+    rule = f"an integer >= {minimum}" if maximum is None else f"an integer in {minimum}..{maximum}"
+
     def parse(name: str, text: str) -> int:
         # int() would also take "1_0" and " 1 ", which is more likely a slip than an intention.
-        if re.fullmatch(r"\d{1,18}", text, re.ASCII) is None or int(text) < minimum:
-            raise ConfigError(f"{name}={text!r} is not an integer >= {minimum}")
+        is_integer = re.fullmatch(r"\d{1,18}", text, re.ASCII) is not None
+        if not is_integer or int(text) < minimum or (maximum is not None and int(text) > maximum):
+            raise ConfigError(f"{name}={text!r} is not {rule}")
         return int(text)
 
     return parse
@@ -98,6 +128,17 @@ def _word(name: str, text: str) -> str:
     return text
 
 
+def _ports(name: str, text: str) -> tuple[str, ...]:
+    ports = tuple(text.split(","))
+    if any(re.fullmatch(r"[A-Za-z0-9_.-]+(:[1-9]\d?)?", port, re.ASCII) is None for port in ports):
+        raise ConfigError(f"{name}={text!r} is not a list of device or device:port, separated by commas")
+    return ports
+
+
+def _mtu(name: str, text: str) -> int:
+    return int(_choice(("256", "512", "1024", "2048", "4096"))(name, text))
+
+
 def _secret(name: str, text: str) -> str:
     if not text.strip():
         raise ConfigError(f"{name} is set but blank; the rule: a non-blank text")
@@ -116,6 +157,18 @@ _PARSERS: dict[str, tuple[str, Callable[[str, str], Any]]] = {
     "COMMLIB_TRANSPORT": ("transport", _word),
     "COMMLIB_NUM_THREADS": ("num_threads", _integer(1)),
     "COMMLIB_BOOTSTRAP": ("bootstrap", _choice(BOOTSTRAPS)),
+    "COMMLIB_NICS": ("nics", _ports),
+    "COMMLIB_MAX_NICS": ("max_nics", _integer(1)),
+    "COMMLIB_GID_INDEX": ("gid_index", _integer(0, 255)),
+    "COMMLIB_MTU": ("mtu", _mtu),
+    "COMMLIB_ACK_TIMEOUT": ("ack_timeout", _integer(1, 31)),
+    "COMMLIB_RETRY_COUNT": ("retry_count", _integer(0, 7)),
+    "COMMLIB_RNR_RETRY_COUNT": ("rnr_retry_count", _integer(0, 7)),
+    "COMMLIB_TRAFFIC_CLASS": ("traffic_class", _integer(0, 255)),
+    "COMMLIB_SERVICE_LEVEL": ("service_level", _integer(0, 15)),
+    "COMMLIB_SIGNAL": ("signal", _choice(SIGNALS)),
+    "COMMLIB_SEND_OPERATIONS": ("send_operations", _integer(1, 16384)),
+    "COMMLIB_SEND_BYTES": ("send_bytes", _integer(1)),
 }
 
 

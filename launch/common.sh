@@ -14,10 +14,12 @@ die() {
     exit 1
 }
 
+can_install() { [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; }
+
 # need_packages PACKAGE...: installs Debian packages as root, otherwise says which ones to install.
 need_packages() {
     [ $# -gt 0 ] || return 0
-    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    if can_install; then
         echo "installing: $*"
         apt-get update -qq
         DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null

@@ -19,7 +19,7 @@ MAX_LINES = 450
 
 L0 = {"errors", "env", "config"}
 L1 = {"topology", "routing", "layout", "quant", "payload"}
-L2 = {"bootstrap", "memory"}
+L2 = {"bootstrap", "memory", "transport"}
 NATIVE_MODULE = {"_native"}
 L5 = {"handle", "executor", "cpu_executor", "runtime", "pending", "faults"}
 L6 = {"ops"}

@@ -37,7 +37,8 @@ def run(arguments: argparse.Namespace) -> int:
     memlock = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     print(f"commlib {_version('commlib')}, Python {platform.python_version()}, {platform.machine()}")
     print(f"row kernels: {_native.row_kernels()}")
-    print(f"transport: {_native.transport_version()}")
+    print(f"transport ucx: {_native.ucx_version()}")
+    print(f"transport verbs: {_native.describe_verbs()}")
     for package in ("torch", "mpi4py", "pyzmq", "numpy", "cupy-cuda13x"):
         print(f"{package}: {_version(package)}")
     print(f"/dev/shm: {format_bytes(shm.f_bavail * shm.f_frsize)} free of {format_bytes(shm.f_blocks * shm.f_frsize)}")

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from commlib import _native
+from commlib.env import read_env
 from commlib.runtime import Runtime
+from commlib.transport import transport_options
 
 __all__ = ["PutLimit"]
 
@@ -25,7 +27,10 @@ class PutLimit:
         topology, config, rank = runtime.topology, runtime.config, runtime.rank
         self._comm = comm
         self._timeout_s = config.timeout_s
-        self._probe = _native.GoodputProbe(config.transport, rank, comm.size, message_bytes, window)
+        options = transport_options(read_env())
+        options.node = topology.node(rank)
+        options.local_rank = topology.local_rank(rank)
+        self._probe = _native.GoodputProbe(config.transport, rank, comm.size, message_bytes, window, options)
         addresses = comm.allgather(self._probe.address())
         for peer in topology.scale_out_peers(rank):
             self._probe.connect(peer, addresses[peer])

@@ -129,12 +129,34 @@ void register_config(nb::module_& module) {
       .def_rw("timeout_s", &EngineConfig::timeout_s)
       .def_rw("heartbeat_timeout_s", &EngineConfig::heartbeat_timeout_s)
       .def_rw("config_digest", &EngineConfig::config_digest)
-      .def_rw("transport", &EngineConfig::transport);
+      .def_rw("transport", &EngineConfig::transport)
+      .def_rw("transport_options", &EngineConfig::transport_options);
+}
+
+void register_transport_options(nb::module_& module) {
+  nb::class_<TransportOptions>(module, "TransportOptions")
+      .def(nb::init<>())
+      .def_rw("local_rank", &TransportOptions::local_rank)
+      .def_rw("node", &TransportOptions::node)
+      .def_rw("near_pci", &TransportOptions::near_pci)
+      .def_rw("nics", &TransportOptions::nics)
+      .def_rw("max_nics", &TransportOptions::max_nics)
+      .def_rw("gid_index", &TransportOptions::gid_index)
+      .def_rw("mtu", &TransportOptions::mtu)
+      .def_rw("ack_timeout", &TransportOptions::ack_timeout)
+      .def_rw("retry_count", &TransportOptions::retry_count)
+      .def_rw("rnr_retry_count", &TransportOptions::rnr_retry_count)
+      .def_rw("traffic_class", &TransportOptions::traffic_class)
+      .def_rw("service_level", &TransportOptions::service_level)
+      .def_rw("signal_by_immediate", &TransportOptions::signal_by_immediate)
+      .def_rw("send_operations", &TransportOptions::send_operations)
+      .def_rw("send_bytes", &TransportOptions::send_bytes);
 }
 
 }  // namespace
 
 void register_engine(nb::module_& module) {
+  register_transport_options(module);
   register_config(module);
   nb::class_<Engine>(module, "Engine")
       .def(nb::init<const EngineConfig&>(), nb::call_guard<nb::gil_scoped_release>())

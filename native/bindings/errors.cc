@@ -1,4 +1,6 @@
 // Native set-up errors become the Python exceptions of commlib.errors, values included.
+#include <nanobind/stl/string.h>
+
 #include "bindings/bindings.hpp"
 #include "common/error.hpp"
 #include "transport/transport.hpp"

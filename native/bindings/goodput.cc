@@ -12,7 +12,7 @@ namespace commlib::bindings {
 
 void register_goodput(nb::module_& module) {
   nb::class_<GoodputProbe>(module, "GoodputProbe")
-      .def(nb::init<const std::string&, int, int, size_t, int>())
+      .def(nb::init<const std::string&, int, int, size_t, int, const TransportOptions&>())
       .def("address",
            [](const GoodputProbe& probe) {
              const auto blob = probe.address();

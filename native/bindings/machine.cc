@@ -3,7 +3,7 @@
 
 #include "bindings/bindings.hpp"
 #include "cpu/rows.hpp"
-#include "transport/transport.hpp"
+#include "transport/providers.hpp"
 
 namespace nb = nanobind;
 
@@ -16,7 +16,7 @@ class NullListener : public PutListener {
 };
 
 // Loads and describes the default provider, connected to nobody.
-std::string transport_version() {
+std::string ucx_version() {
   NullListener listener;
   return make_transport("ucx", &listener, 0)->describe();
 }
@@ -25,7 +25,8 @@ std::string transport_version() {
 
 void register_machine(nb::module_& module) {
   module.def("row_kernels", [] { return std::string(row_kernels().name); });
-  module.def("transport_version", &transport_version);
+  module.def("ucx_version", &ucx_version);
+  module.def("describe_verbs", &describe_verbs);
 }
 
 }  // namespace commlib::bindings

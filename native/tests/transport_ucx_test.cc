@@ -8,6 +8,7 @@
 #include <optional>
 
 #include "tests/peer_process.hpp"
+#include "transport/providers.hpp"
 
 namespace commlib::testing {
 namespace {
@@ -245,6 +246,21 @@ TEST_CASE("a peer that was never connected from here may send") {
   const auto start = Clock::now();
   while (seconds_since(start) < 0.2) a.transport->progress();  // b has gone: not our fault
   CHECK_FALSE(a.transport->take_fault().has_value());
+}
+
+TEST_CASE("auto takes ucx where there is no RDMA port") {
+  TokenCounter tokens;
+  const std::string expected = has_verbs() ? "verbs" : "ucx";
+  CHECK(make_transport("auto", &tokens, 0)->name() == expected);
+  MESSAGE(describe_verbs());
+}
+
+TEST_CASE("verbs without a port, or without a library, is an error that says so") {
+  TokenCounter tokens;
+  TransportOptions options;
+  options.nics = {"no_such_port"};
+  CHECK_THROWS_WITH_AS(make_transport("verbs", &tokens, 3, options),
+                       doctest::Contains("rank 3: verbs: "), TransportException);
 }
 
 TEST_CASE("misuse is reported, not transmitted") {

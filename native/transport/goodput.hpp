@@ -13,7 +13,7 @@ namespace commlib {
 class GoodputProbe : private PutListener {
  public:
   GoodputProbe(const std::string& transport, int rank, int num_ranks, size_t message_bytes,
-               int window);
+               int window, const TransportOptions& options);
   ~GoodputProbe() override;
 
   std::vector<uint8_t> address() const { return transport_->address(); }

@@ -1,0 +1,38 @@
+"""What the environment says about the network, in the words of the native transports."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from commlib import _native
+from commlib.env import Env
+
+__all__ = ["transport_options"]
+
+# Fields of the native TransportOptions that have the name and the value of the Env's.
+_COPIED = (
+    "max_nics",
+    "gid_index",
+    "mtu",
+    "ack_timeout",
+    "retry_count",
+    "rnr_retry_count",
+    "traffic_class",
+    "service_level",
+    "send_operations",
+    "send_bytes",
+)
+
+
+def transport_options(env: Env) -> Any:
+    """The native TransportOptions: defaults, and what `env` sets over them."""
+    options = _native.TransportOptions()
+    for name in _COPIED:
+        value = getattr(env, name)
+        if value is not None:
+            setattr(options, name, value)
+    if env.nics is not None:
+        options.nics = list(env.nics)
+    if env.signal is not None:
+        options.signal_by_immediate = env.signal == "immediate"
+    return options

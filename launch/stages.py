@@ -94,19 +94,28 @@ def pytest(stage: str, *arguments: str, environment: Mapping[str, str] | None = 
     return counts
 
 
-def native_tests(sanitizer: str = "") -> Counts:
-    """Builds and runs the native tests; counts doctest's cases."""
+def build_native_tests(sanitizer: str, *targets: str) -> Path | None:
+    """Builds the native tests, or some of them; the build folder, None after a failure."""
     build = ROOT / "build" / f"native-tests{'-' if sanitizer else ''}{sanitizer}"
-    report = RESULTS / f"{build.name}.xml"
-    report.unlink(missing_ok=True)
     configure = ["cmake", "-G", "Ninja", "-S", "native", "-B", build, f"-DPython_EXECUTABLE={sys.executable}"]
     # Without a sanitizer the Python module is built as well: warnings in its sources are errors here, too.
     python = "OFF" if sanitizer else "ON"
     options = [f"-DCOMMLIB_PYTHON={python}", "-DCOMMLIB_TESTS=ON", "-DCOMMLIB_WERROR=ON"]
     options.append(f"-DCOMMLIB_SANITIZE={sanitizer}")
-    for command in ([*configure, *options, "-Wno-dev"], ["cmake", "--build", build, "-j", "2"]):
+    only = ["--target", *targets] if targets else []
+    for command in ([*configure, *options, "-Wno-dev"], ["cmake", "--build", build, "-j", "2", *only]):
         if run(command)[0] != 0:
-            return Counts(failed=1)
+            return None
+    return build
+
+
+def native_tests(sanitizer: str = "") -> Counts:
+    """Builds and runs the native tests; counts doctest's cases."""
+    build = build_native_tests(sanitizer)
+    if build is None:
+        return Counts(failed=1)
+    report = RESULTS / f"{build.name}.xml"
+    report.unlink(missing_ok=True)
     ctest: list[str | Path] = [
         "ctest",
         "--test-dir",
@@ -159,8 +168,9 @@ def sanitize() -> Counts:
 
 
 def unit() -> Counts:
-    """Tests in one process, and whatever is not in tests/multirank and tests/compat."""
-    return pytest("unit", "tests", "--ignore=tests/multirank", "--ignore=tests/compat", "-m", "not gpu and not root")
+    """Tests in one process, and whatever is not in tests/multirank, tests/compat and tests/rdma."""
+    ignored = [f"--ignore=tests/{folder}" for folder in ("multirank", "compat", "rdma")]
+    return pytest("unit", "tests", *ignored, "-m", "not gpu and not root")
 
 
 def multirank() -> Counts:
@@ -186,6 +196,12 @@ def nodes() -> Counts:
     return pytest("nodes", "tests", "-m", "root and not gpu")
 
 
+def rdma() -> Counts:
+    """The verbs transport over soft-RoCE, in a machine of its own (launch/rdma-guest)."""
+    build = build_native_tests("", "verbs_test")
+    return Counts(failed=1) if build is None else pytest("rdma", "tests/rdma", "-m", "not gpu")
+
+
 def demo_smoke() -> Counts:
     """A few steps of launch/demo, with its pictures."""
     out = ROOT / "out" / "demo-smoke"
@@ -206,9 +222,10 @@ STAGES: dict[str, Callable[[], Counts]] = {
     "compat": compat,
     "openmpi": openmpi,
     "nodes": nodes,
+    "rdma": rdma,
     "demo-smoke": demo_smoke,
 }
-ROOT_STAGES = ("nodes",)
+ROOT_STAGES = ("nodes", "rdma")
 
 
 def main() -> int:

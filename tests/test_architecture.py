@@ -22,7 +22,7 @@ L1 = {"topology", "routing", "layout", "quant", "payload"}
 L2 = {"bootstrap", "memory"}
 NATIVE_MODULE = {"_native"}
 L5 = {"handle", "executor", "cpu_executor", "runtime", "pending", "faults"}
-L6 = {"ops"}
+L6 = {"ops", "graph_breaks"}
 
 # Module of commlib -> modules of commlib that it may import. Modules of one layer may import one another.
 PYTHON_TABLE: dict[str, set[str]] = {

@@ -230,7 +230,7 @@ def _fits_schema(x: Any, topk_idx: Any, topk_weights: Any, expert_alignment: Any
     )
 
 
-def _dequantized(rows: torch.Tensor, scales: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+def dequantized(rows: torch.Tensor, scales: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     return rows if rows.dtype != torch.float8_e4m3fn or scales is None else dequantize(rows, scales, dtype)
 
 
@@ -262,7 +262,7 @@ class _Dispatch(torch.autograd.Function):
         )
         ctx.runtime, ctx.handle, ctx.has_weights = runtime, _handle_of(ticket), topk_weights is not None
         ctx.mark_non_differentiable(received_idx, ticket)
-        return _dequantized(rows, scales, x.dtype), weights, received_idx, ticket, anchor.detach().clone()
+        return dequantized(rows, scales, x.dtype), weights, received_idx, ticket, anchor.detach().clone()
 
     @staticmethod
     def backward(ctx: Any, grad_rows: torch.Tensor, grad_weights: torch.Tensor, *others: torch.Tensor) -> Any:
@@ -294,7 +294,7 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: torch.Tensor) -> Any:
         result = ctx.runtime.dispatch(grad_out, handle=ctx.handle, fp8=ctx.grad_fp8)
-        grad_rows = _dequantized(result.x, result.scales, grad_out.dtype)
+        grad_rows = dequantized(result.x, result.scales, grad_out.dtype)
         grad_link = torch.zeros(())
         if not ctx.has_weights:
             return grad_link, grad_rows, None, None, None

@@ -35,6 +35,7 @@ _LAZY = {
     "Runtime": "commlib.runtime",
     "gate": "commlib.routing",
     "ops": "commlib.ops",
+    "overlap": "commlib.overlap",
     "routing": "commlib.routing",
 }
 
@@ -57,6 +58,7 @@ __all__ = [
     "gate",
     "node_key",
     "ops",
+    "overlap",
     "read_env",
     "routing",
 ]

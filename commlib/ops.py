@@ -3,13 +3,24 @@
 The backward of a dispatch is a combine, the backward of a combine is a dispatch by the same handle. Both are
 collective, so they run on every rank whatever its inputs are: no tokens, no rows, frozen tensors. `combine` is tied to
 its dispatch for that reason, and its result has to take part in the loss on every rank.
+
+``torch.utils.checkpoint`` recomputes a layer by dispatching and combining once more, unless `save_communication` is
+its policy: then the rows of the first time are kept. Recomputation stops as soon as everything is there that the
+backward pass has saved; ranks that save different things (some experts are frozen on one of them) have to say
+``early_stop=False``, or some of them recompute an operation that others do not.
+
+``torch.compile`` breaks its graph at both functions: a compiler may move what does not depend on one another, but all
+ranks have to issue their operations in one order, and sizes are known only after the exchange.
 """
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
+import numpy as np
 import torch
+from torch.utils.checkpoint import CheckpointPolicy
 
 from commlib.errors import ConfigError
 from commlib.handle import Dispatched, Handle
@@ -17,15 +28,16 @@ from commlib.layout import Layout
 from commlib.quant import dequantize
 from commlib.runtime import Runtime
 
-__all__ = ["LinkedHandle", "combine", "dispatch"]
+__all__ = ["LinkedHandle", "combine", "dispatch", "save_communication"]
 
 
 class LinkedHandle(Handle):
     """A handle whose combine's backward leads to the backward of its dispatch, even if no row connects the two."""
 
-    def __init__(self, handle: Handle, link: torch.Tensor) -> None:
+    def __init__(self, handle: Handle, ticket: torch.Tensor, link: torch.Tensor) -> None:
         super().__init__(handle._native, handle.layout, handle._runtime_id)
         # The graph behind `link` holds a plain Handle, never this object: no reference cycle, nothing leaks.
+        self._ticket = ticket
         self._link = link
 
 
@@ -54,20 +66,13 @@ def dispatch(
     Raises:
         Like `Runtime.dispatch`, in forward and in backward.
     """
-    holder: list[Dispatched] = []
-    anchor = torch.zeros((), requires_grad=torch.is_grad_enabled())
-    rows, weights, link = _Dispatch.apply(  # type: ignore[no-untyped-call]
-        anchor, x, topk_weights, topk_idx, (runtime, layout, expert_alignment, fp8, capacity), holder
-    )
-    plain = holder[0]
-    is_grouped = plain.handle.layout is Layout.GROUPED
-    return plain._replace(
-        x=rows,
-        scales=None,
-        row_weights=weights if is_grouped else None,
-        topk_weights=None if is_grouped else weights,
-        handle=LinkedHandle(plain.handle, link),
-    )
+    call = (runtime, str(layout), expert_alignment, fp8, capacity)
+    if torch.compiler.is_compiling():
+        from commlib.graph_breaks import dispatch_eagerly
+
+        dispatched: Dispatched = dispatch_eagerly(x, topk_idx, topk_weights, call)
+        return dispatched
+    return dispatch_linked(x, topk_idx, topk_weights, call)
 
 
 def combine(
@@ -92,18 +97,141 @@ def combine(
     Raises:
         Like `Runtime.combine`, in forward and in backward.
     """
+    if torch.compiler.is_compiling():
+        from commlib.graph_breaks import combine_eagerly
+
+        out: torch.Tensor = combine_eagerly(runtime, y, handle, weights, grad_fp8)
+        return out
+    return combine_linked(runtime, y, handle, weights, grad_fp8)
+
+
+def save_communication(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """A policy of selective activation checkpointing that recomputes everything but what commlib has moved:
+
+    >>> checkpoint(
+    ...     layer, x, use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, save_communication)
+    ... )  # doctest: +SKIP
+    """
+    is_ours = op in (torch.ops.commlib.dispatch.default, torch.ops.commlib.combine.default)
+    return CheckpointPolicy.MUST_SAVE if is_ours else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def dispatch_linked(
+    x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor | None, call: DispatchOptions
+) -> Dispatched:
+    """`dispatch`, never traced by a compiler."""
+    anchor = torch.zeros((), requires_grad=torch.is_grad_enabled())
+    rows, weights, received_idx, ticket, link = _Dispatch.apply(anchor, x, topk_weights, topk_idx, call)  # type: ignore[no-untyped-call]
+    handle = _handle_of(ticket)
+    is_grouped = handle.layout is Layout.GROUPED
+    return Dispatched(
+        x=rows,
+        scales=None,
+        row_weights=weights if is_grouped else None,
+        topk_idx=None if is_grouped else received_idx,
+        topk_weights=None if is_grouped else weights,
+        num_tokens_per_expert=handle.num_tokens_per_expert,
+        handle=LinkedHandle(handle, ticket, link),
+    )
+
+
+def combine_linked(
+    runtime: Runtime, y: torch.Tensor, handle: Handle, weights: torch.Tensor | None, grad_fp8: str | None
+) -> torch.Tensor:
+    """`combine`, never traced by a compiler."""
     if not isinstance(handle, LinkedHandle):
         raise ConfigError(f"ops.combine needs the handle of ops.dispatch, not a {type(handle).__name__}")
-    plain = Handle(handle._native, handle.layout, handle._runtime_id)
-    out: torch.Tensor = _Combine.apply(handle._link, y, weights, (runtime, plain, grad_fp8))  # type: ignore[no-untyped-call]
+    out: torch.Tensor = _Combine.apply(handle._link, y, weights, handle._ticket, (runtime, grad_fp8))  # type: ignore[no-untyped-call]
     return out
 
 
-def _dequantized(dispatched: Dispatched, dtype: torch.dtype) -> torch.Tensor:
-    if dispatched.scales is None:
-        rows: torch.Tensor = dispatched.x
-        return rows
-    return dequantize(dispatched.x, dispatched.scales, dtype)
+# ---- what torch's dispatcher sees: policies of selective checkpointing name it
+
+DispatchOptions = tuple[Runtime, str, int | None, str | None, int | None]
+
+
+class _TicketMemory(np.ndarray[Any, Any]):
+    """The memory of a ticket; its handle lives as long as any tensor of this memory."""
+
+    handle: Handle
+
+
+# Address of a ticket's memory -> that memory. Operators take and return tensors only: a ticket stands for a handle.
+_tickets: weakref.WeakValueDictionary[int, _TicketMemory] = weakref.WeakValueDictionary()
+_runtimes: weakref.WeakValueDictionary[int, Runtime] = weakref.WeakValueDictionary()
+
+
+def _ticket_of(handle: Handle) -> torch.Tensor:
+    memory = np.zeros(1, dtype=np.int64).view(_TicketMemory)
+    memory.handle = handle
+    _tickets[memory.ctypes.data] = memory
+    return torch.from_numpy(memory)
+
+
+def _handle_of(ticket: torch.Tensor) -> Handle:
+    return _tickets[ticket.untyped_storage().data_ptr()].handle
+
+
+def _dispatch_op(
+    x: torch.Tensor,
+    topk_idx: torch.Tensor,
+    topk_weights: torch.Tensor | None,
+    runtime: int,
+    layout: str,
+    expert_alignment: int | None,
+    fp8: str | None,
+    capacity: int | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    result = _runtimes[runtime].dispatch(
+        x,
+        topk_idx,
+        topk_weights,
+        layout=layout,
+        expert_alignment=expert_alignment,
+        fp8=fp8,
+        capacity=capacity,
+    )
+    is_grouped = result.handle.layout is Layout.GROUPED
+    return (
+        result.x,
+        x.new_empty(0) if result.scales is None else result.scales,
+        result.row_weights if is_grouped else result.topk_weights,
+        topk_idx.new_empty(0) if is_grouped else result.topk_idx,
+        _ticket_of(result.handle),
+    )
+
+
+def _combine_op(y: torch.Tensor, ticket: torch.Tensor, weights: torch.Tensor | None, runtime: int) -> torch.Tensor:
+    out: torch.Tensor = _runtimes[runtime].combine(y, _handle_of(ticket), weights=weights).x
+    return out
+
+
+_library: Any = torch.library.Library("commlib", "DEF")  # type: ignore[no-untyped-call]
+_library.define(
+    "dispatch(Tensor x, Tensor topk_idx, Tensor? topk_weights, int runtime, str layout, int? expert_alignment, "
+    "str? fp8, int? capacity) -> (Tensor rows, Tensor scales, Tensor weights, Tensor received_idx, Tensor ticket)"
+)
+_library.define("combine(Tensor y, Tensor ticket, Tensor? weights, int runtime) -> Tensor")
+_library.impl("dispatch", _dispatch_op, "CompositeExplicitAutograd")
+_library.impl("combine", _combine_op, "CompositeExplicitAutograd")
+
+
+# ---- autograd
+
+
+def _fits_schema(x: Any, topk_idx: Any, topk_weights: Any, expert_alignment: Any, fp8: Any, capacity: Any) -> bool:
+    return (
+        isinstance(x, torch.Tensor)
+        and isinstance(topk_idx, torch.Tensor)
+        and isinstance(topk_weights, torch.Tensor | None)
+        and isinstance(expert_alignment, int | None)
+        and isinstance(fp8, str | None)
+        and isinstance(capacity, int | None)
+    )
+
+
+def dequantized(rows: torch.Tensor, scales: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    return rows if rows.dtype != torch.float8_e4m3fn or scales is None else dequantize(rows, scales, dtype)
 
 
 class _Dispatch(torch.autograd.Function):
@@ -114,31 +242,34 @@ class _Dispatch(torch.autograd.Function):
         x: torch.Tensor,
         topk_weights: torch.Tensor | None,
         topk_idx: torch.Tensor,
-        call: tuple[Runtime, Layout | str, int | None, str | None, int | None],
-        holder: list[Dispatched],
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        call: DispatchOptions,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         runtime, layout, expert_alignment, fp8, capacity = call
-        result = runtime.dispatch(
-            x,
-            topk_idx,
-            topk_weights,
-            layout=layout,
-            expert_alignment=expert_alignment,
-            fp8=fp8,
-            capacity=capacity,
+        _runtimes[runtime._id] = runtime
+        if not _fits_schema(x, topk_idx, topk_weights, expert_alignment, fp8, capacity):
+            # torch would raise on this rank alone; the Runtime tells all of them what is wrong.
+            runtime.dispatch(
+                x if isinstance(x, torch.Tensor) else None,
+                topk_idx,
+                topk_weights,
+                layout=layout,
+                expert_alignment=expert_alignment,
+                fp8=fp8,
+                capacity=capacity,
+            )
+        rows, scales, weights, received_idx, ticket = torch.ops.commlib.dispatch(
+            x, topk_idx, topk_weights, runtime._id, layout, expert_alignment, fp8, capacity
         )
-        holder.append(result)
-        ctx.runtime, ctx.handle, ctx.has_weights = runtime, result.handle, topk_weights is not None
-        is_grouped = result.handle.layout is Layout.GROUPED
-        weights = result.row_weights if is_grouped else result.topk_weights
-        return _dequantized(result, x.dtype), weights, anchor.detach().clone()
+        ctx.runtime, ctx.handle, ctx.has_weights = runtime, _handle_of(ticket), topk_weights is not None
+        ctx.mark_non_differentiable(received_idx, ticket)
+        return dequantized(rows, scales, x.dtype), weights, received_idx, ticket, anchor.detach().clone()
 
     @staticmethod
-    def backward(ctx: Any, grad_rows: torch.Tensor, grad_weights: torch.Tensor, grad_link: torch.Tensor) -> Any:
+    def backward(ctx: Any, grad_rows: torch.Tensor, grad_weights: torch.Tensor, *others: torch.Tensor) -> Any:
         # Asked for on all ranks alike, whether this rank needs the gradient or not.
         weight_grads = grad_weights if ctx.has_weights else None
         combined = ctx.runtime.combine(grad_rows, ctx.handle, weight_grads=weight_grads)
-        return None, combined.x, combined.weight_grads, None, None, None
+        return None, combined.x, combined.weight_grads, None, None
 
 
 class _Combine(torch.autograd.Function):
@@ -148,25 +279,26 @@ class _Combine(torch.autograd.Function):
         link: torch.Tensor,
         y: torch.Tensor,
         weights: torch.Tensor | None,
-        call: tuple[Runtime, Handle, str | None],
+        ticket: torch.Tensor,
+        call: tuple[Runtime, str | None],
     ) -> torch.Tensor:
-        runtime, handle, grad_fp8 = call
-        ctx.runtime, ctx.handle, ctx.grad_fp8 = runtime, handle, grad_fp8
+        ctx.runtime, ctx.grad_fp8 = call
+        ctx.handle = _handle_of(ticket)
         # y is only needed for the gradient of the weights.
         ctx.has_weights = weights is not None
         if weights is not None:
             ctx.save_for_backward(y, weights)
-        out: torch.Tensor = runtime.combine(y, handle, weights=weights).x
+        out: torch.Tensor = torch.ops.commlib.combine(y, ticket, weights, ctx.runtime._id)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: torch.Tensor) -> Any:
         result = ctx.runtime.dispatch(grad_out, handle=ctx.handle, fp8=ctx.grad_fp8)
-        grad_rows = _dequantized(result, grad_out.dtype)
+        grad_rows = dequantized(result.x, result.scales, grad_out.dtype)
         grad_link = torch.zeros(())
         if not ctx.has_weights:
-            return grad_link, grad_rows, None, None
+            return grad_link, grad_rows, None, None, None
         y, weights = ctx.saved_tensors
         grad_weights = (y.float() * grad_rows.float()).sum(dim=-1)
         grad_y = (grad_rows.float() * weights[:, None]).to(y.dtype)
-        return grad_link, grad_y, grad_weights, None
+        return grad_link, grad_y, grad_weights, None, None

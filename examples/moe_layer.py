@@ -10,14 +10,14 @@ same layer computed densely: every expert on every token, no communication.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import commlib
-from commlib import ops, routing
+from commlib import overlap, routing
+from commlib.handle import Dispatched
 
 
 class Linear(nn.Module):
@@ -33,7 +33,7 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
-        return F.linear(x, self.weight.to(x.dtype))
+        return overlap.linear(x, self.weight)
 
 
 class SwiGLU(nn.Module):
@@ -73,29 +73,20 @@ class RoutedExperts(nn.Module):
         """
         padded = [-(-count // self.alignment) * self.alignment for count in num_tokens_per_expert]
         ends = torch.tensor(padded, device=x.device).cumsum(0, dtype=torch.int32)
-        hidden = F.silu(grouped_linear(x, self.gate, ends)) * grouped_linear(x, self.up, ends)
-        return grouped_linear(hidden * row_weights[:, None].to(x.dtype), self.down, ends)
-
-
-def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """`y[r] = x[r] W[e]^T` for the rows r of each expert e.
-
-    x [rows, in], weight [experts, out, in], ends [experts] int32 (where each expert's rows stop) -> [rows, out].
-    """
-    return F.grouped_mm(x, weight.to(x.dtype).transpose(1, 2), offs=ends)
-
-
-class Routed(NamedTuple):
-    """What balancing needs: affinities FP32 [tokens, experts] of this rank, and tokens per expert over all ranks."""
-
-    scores: Tensor
-    load: list[int]
+        hidden = F.silu(overlap.grouped_linear(x, self.gate, ends)) * overlap.grouped_linear(x, self.up, ends)
+        return overlap.grouped_linear(hidden * row_weights[:, None].to(x.dtype), self.down, ends)
 
 
 class MoELayer(nn.Module):
     """`out = shared(x) + sum_k w_k expert_k(x)`, with the routed experts spread over the ranks of `runtime`.
 
-    Every rank has to run every forward and every backward pass, in the same order: both communicate.
+    In pieces, so that a schedule of `commlib.overlap` can place the communication between them. Every rank has to run
+    every forward and every backward pass, in the same order: both communicate.
+
+    Attributes:
+        bias: FP32 [num_experts], added to the scores to choose experts, never to weigh them; moved by the load, not by
+            gradients.
+        load: int64 [num_experts], tokens per expert over all ranks of the runtime since somebody set it to zero.
     """
 
     bias: Tensor
@@ -106,21 +97,34 @@ class MoELayer(nn.Module):
         super().__init__()
         num_local = gate.num_experts // runtime.num_ranks
         self.gate_config = gate
-        self.runtime = runtime
+        self.exchange = overlap.Exchange(runtime=runtime)
         self.router = Linear(hidden, gate.num_experts)
         self.shared = SwiGLU(hidden, width * num_shared)
         alignment = runtime.config.expert_alignment
         self.experts = RoutedExperts(hidden, width, runtime.rank * num_local, num_local, alignment)
-        # Added to the scores to choose experts, never to weigh them; moved by the load, not by gradients.
         self.register_buffer("bias", torch.zeros(gate.num_experts))
+        self.load = torch.zeros(gate.num_experts, dtype=torch.int64)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Routed]:
-        """x [tokens, hidden] -> ([tokens, hidden], what the gate chose)."""
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [tokens, hidden] -> ([tokens, hidden], affinities FP32 [tokens, num_experts])."""
+        out, scores = overlap.run_layer(self, x)
+        return out, scores
+
+    def attention(self, *state: Tensor) -> overlap.Attended:
+        """What comes before the experts of other ranks: the gate's choice, the shared expert."""
+        (x,) = state
         chosen = routing.gate(self.router(x.float()), self.gate_config, self.bias)
-        received = ops.dispatch(self.runtime, x, chosen.topk_idx, chosen.topk_weights, layout="grouped")
-        y = self.experts(received.x, received.row_weights, received.num_tokens_per_expert)
-        out = self.shared(x) + ops.combine(self.runtime, y, received.handle)
-        return out, Routed(chosen.scores, received.handle.load())
+        return overlap.Attended(x, chosen.topk_idx, chosen.topk_weights, (self.shared(x), chosen.scores))
+
+    def mlp(self, received: Dispatched) -> Tensor:
+        """The experts of this rank on the rows that have come."""
+        self.load += torch.tensor(received.handle.load())
+        return self.experts(received.x, received.row_weights, received.num_tokens_per_expert)
+
+    def finish(self, kept: overlap.State, combined: Tensor) -> overlap.State:
+        """The sum of shared and routed experts."""
+        shared, scores = kept
+        return shared + combined, scores
 
 
 def dense_reference(x: Tensor, layer: MoELayer, experts: RoutedExperts) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from examples.train_moe import checkpoint
 from examples.train_moe.bigram import bigram_loss, fit_bigram
-from examples.train_moe.config import ModelConfig, TrainConfig
+from examples.train_moe.config import ModelConfig, ParallelConfig, TrainConfig
 from examples.train_moe.data import HELD_OUT, held_out_windows, load_plays, split_plays
 from examples.train_moe.history import History
 from examples.train_moe.parallel import connect
@@ -27,20 +27,22 @@ from examples.train_moe.plots import plot_load, plot_loss
 from examples.train_moe.progress import Progress
 from examples.train_moe.train import Trainer
 
-Config = TypeVar("Config", ModelConfig, TrainConfig)
+Config = TypeVar("Config", ModelConfig, TrainConfig, ParallelConfig)
 
 
 def main() -> int:
     """0, or 1 when the model had to beat the bigram and did not."""
     arguments = parse_arguments()
     torch.set_num_threads(arguments.threads)
-    ranks = connect()
+    ranks = connect(arguments.device)
     try:
         training_text, held_out_text = split_plays(load_plays())
         config = from_arguments(TrainConfig, arguments)
         model_config = from_arguments(ModelConfig, arguments)
+        parallel = from_arguments(ParallelConfig, arguments)
         windows = held_out_windows(held_out_text, config.seq_len)
-        with Trainer(ranks, model_config, config, training_text, compute_dtype(arguments.dtype)) as trainer:
+        dtype = compute_dtype(arguments.dtype, arguments.device)
+        with Trainer(ranks, model_config, config, training_text, dtype, parallel, arguments.device) as trainer:
             prepare(trainer, arguments)
             train(trainer, arguments)
             return report(trainer, training_text, windows, arguments)
@@ -50,7 +52,7 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line: every field of the two configurations, and how to run."""
+    """The command line: every field of the three configurations, and how to run."""
     parser = argparse.ArgumentParser(
         prog="python -m examples.train_moe", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -63,11 +65,15 @@ def parse_arguments() -> argparse.Namespace:
     run.add_argument("--threads", type=int, default=1, help="torch threads per rank")
     run.add_argument("--log-every", type=int, default=10, metavar="STEPS")
     run.add_argument("--require-beat-bigram", action="store_true", help="exit with 1 unless the model wins")
-    for title, config in (("model", ModelConfig), ("training", TrainConfig)):
+    run.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    for title, config in (("model", ModelConfig), ("training", TrainConfig), ("parallel", ParallelConfig)):
         group = parser.add_argument_group(title)
         for field in dataclasses.fields(config):
             flag = "--" + field.name.replace("_", "-")
-            group.add_argument(flag, type=type(field.default), default=field.default, help=" ")
+            if isinstance(field.default, bool):
+                group.add_argument(flag, action="store_true", help=" ")
+            else:
+                group.add_argument(flag, type=type(field.default), default=field.default, help=" ")
     return parser.parse_args()
 
 
@@ -76,8 +82,10 @@ def from_arguments(config: type[Config], arguments: argparse.Namespace) -> Confi
     return config(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(config)})
 
 
-def compute_dtype(choice: str) -> torch.dtype:
-    """BF16 if asked for or, with "auto", if the CPUs of all ranks multiply BF16 natively; otherwise FP32."""
+def compute_dtype(choice: str, device: str) -> torch.dtype:
+    """BF16 if asked for or, with "auto", if GPUs or the CPUs of all ranks multiply it natively; otherwise FP32."""
+    if choice == "auto" and device == "cuda":
+        return torch.bfloat16
     if choice != "auto":
         return {"fp32": torch.float32, "bf16": torch.bfloat16}[choice]
     capabilities = torch.cpu.get_capabilities()
@@ -100,7 +108,7 @@ def prepare(trainer: Trainer, arguments: argparse.Namespace) -> None:
     gate = model.config.gate
     say(runtime.describe())
     say(
-        f"model: {dense + experts * runtime.num_ranks:,} parameters, {dense:,} of them on every rank; "
+        f"model: {dense + experts * runtime.num_ranks:,} parameters, {dense:,} of them not in routed experts; "
         f"{model.config.num_moe_layers} MoE layers (1 in the MTP module) of {gate.num_experts} routed experts, "
         f"top-{gate.num_topk} from at most {gate.max_groups} of {gate.num_groups} groups; {model.dtype}"
     )
@@ -117,6 +125,7 @@ def train(trainer: Trainer, arguments: argparse.Namespace) -> None:
     first = trainer.optimizer.num_steps
     is_main = dist.get_rank() == 0
     history = History(arguments.out / "metrics.jsonl", first) if is_main else None
+    saver = checkpoint.BackgroundSaver()
     progress = Progress(trainer.config, first, until, is_shown=is_main, every=arguments.log_every)
     started = time.perf_counter()
     for step in trainer.train(until):
@@ -124,8 +133,9 @@ def train(trainer: Trainer, arguments: argparse.Namespace) -> None:
         if history:
             history.add(step)
         if arguments.checkpoint_every and (step.step + 1) % arguments.checkpoint_every == 0 and step.step + 1 < until:
-            checkpoint.save(trainer, arguments.out / "checkpoints")
+            saver.start(trainer, arguments.out / "checkpoints")
     progress.close()
+    saver.wait()
     seconds = time.perf_counter() - started
     tokens = (until - first) * trainer.config.global_batch * trainer.config.seq_len
     say(f"trained {until - first} steps on {tokens:,} bytes in {seconds:.0f} s")

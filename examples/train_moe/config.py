@@ -47,6 +47,12 @@ class ModelConfig:
     expert_width: int = 96
     route_scale: float = 1.0
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.num_dense_layers < self.num_layers:
+            raise ValueError(
+                f"num_dense_layers={self.num_dense_layers} is not in 0..num_layers-1={self.num_layers - 1}"
+            )
+
     @property
     def num_moe_layers(self) -> int:
         """MoE layers, the one in the multi-token-prediction module included."""
@@ -99,3 +105,29 @@ class TrainConfig:
     mtp_lambda: float = 0.3
     ema_decay: float = 0.98
     seed: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the ranks share the work. Changes no result but by the order of floating-point sums.
+
+    Attributes:
+        ep_ranks: ranks that share the experts; groups of so many ranks repeat each other. 0: all ranks.
+        shard_dense: the large dense parameters are sharded over the `ep_ranks` ranks of a group by FSDP2 (HSDP).
+        micro_batches: parts into which each rank's share of the batch is cut.
+        overlap: "none"; "batches": two micro-batches in flight within each layer; "pairs": each micro-batch's forward
+            pass beside the backward pass of the one before. The gradients are the same, bit for bit.
+    """
+
+    ep_ranks: int = 0
+    shard_dense: bool = False
+    micro_batches: int = 1
+    overlap: str = "none"
+
+    def __post_init__(self) -> None:
+        if self.overlap not in ("none", "batches", "pairs"):
+            raise ValueError(f"overlap={self.overlap!r} is not none, batches or pairs")
+        if self.micro_batches < 1 or (self.overlap == "batches" and self.micro_batches % 2):
+            raise ValueError(
+                f"micro_batches={self.micro_batches} with overlap={self.overlap}: at least 1, for batches even"
+            )

@@ -9,18 +9,21 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from examples.train_moe.parallel import local
+
 
 class Ema:
     """`average = decay * average + (1 - decay) * weights` after every step, in a thread of its own.
 
     Weights stand still from one optimizer step to the next, so the thread reads them during the forward and backward
-    pass, without a copy. The contract: `update()` after an optimizer step, `wait()` before the next one.
+    pass, without a copy. Of sharded parameters each rank averages its part. The contract: `update()` after an optimizer
+    step, `wait()` before the next one.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], decay: float) -> None:
-        self._parameters = parameters
+        self._parts = {name: local(parameter.detach()) for name, parameter in parameters.items()}
         self._decay = decay
-        self.average = {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in parameters.items()}
+        self.average = {name: part.to("cpu", torch.float32, copy=True) for name, part in self._parts.items()}
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ema")
         self._pending: Future[None] | None = None
 
@@ -39,7 +42,7 @@ class Ema:
     def applied(self) -> Iterator[None]:
         """Inside, the model has the averaged weights; afterwards its own, bit for bit."""
         self.wait()
-        own = {name: p.detach().clone() for name, p in self._parameters.items()}
+        own = {name: part.clone() for name, part in self._parts.items()}
         self._write(self.average)
         try:
             yield
@@ -53,10 +56,10 @@ class Ema:
 
     @torch.no_grad()
     def _take_in(self) -> None:
-        for name, parameter in self._parameters.items():
-            self.average[name].lerp_(parameter.detach().to("cpu", torch.float32), 1 - self._decay)
+        for name, part in self._parts.items():
+            self.average[name].lerp_(part.to("cpu", torch.float32), 1 - self._decay)
 
     @torch.no_grad()
     def _write(self, values: Mapping[str, Tensor]) -> None:
-        for name, parameter in self._parameters.items():
-            parameter.copy_(values[name])
+        for name, part in self._parts.items():
+            part.copy_(values[name])

@@ -2,6 +2,10 @@
 
 The residual stream, the norms, the gate, the embedding and the output head stay in FP32; the large matmuls and what
 travels between ranks use `compute_dtype`.
+
+The model is a list of layers in the sense of `commlib.overlap`: everything hangs on an MoE layer, what has none goes to
+the next one's first piece. From layer to layer pass the residual stream, the embeddings that the MTP module reads, and
+the sum of the balance losses so far.
 """
 
 from __future__ import annotations
@@ -13,19 +17,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import commlib
-from commlib import routing
-from examples.moe_layer import Linear, MoELayer, Routed, SwiGLU
+from commlib import overlap, routing
+from commlib.handle import Dispatched
+from examples.moe_layer import Linear, MoELayer, SwiGLU
 from examples.train_moe.attention import MLA, RMSNorm
 from examples.train_moe.config import VOCAB, ModelConfig, TrainConfig
 from examples.train_moe.mtp import MultiTokenPrediction
 
 
 class ModelOutput(NamedTuple):
-    """`logits` FP32 [batch, seq, VOCAB] for byte t+1, `mtp_logits` for byte t+2 or None, `routed` per MoE layer."""
+    """FP32: `logits` [batch, seq, VOCAB] for byte t+1, `mtp_logits` for byte t+2 or None, `balance` (see Losses)."""
 
     logits: Tensor
     mtp_logits: Tensor | None
-    routed: list[Routed]
+    balance: Tensor
 
 
 class Transformer(nn.Module):
@@ -37,58 +42,133 @@ class Transformer(nn.Module):
         self.dtype = compute_dtype
         self.embedding = nn.Embedding(VOCAB, config.hidden)
         self.blocks = nn.ModuleList(
-            Block(config, runtime, compute_dtype, is_moe=layer >= config.num_dense_layers)
+            DenseBlock(config, compute_dtype)
+            if layer < config.num_dense_layers
+            else MoEBlock(config, runtime, compute_dtype)
             for layer in range(config.num_layers)
         )
         self.norm = RMSNorm(config.hidden)
         self.head = Linear(config.hidden, VOCAB)
-        self.mtp = MultiTokenPrediction(config.hidden, Block(config, runtime, compute_dtype, is_moe=True))
+        self.mtp = MultiTokenPrediction(config.hidden, MoEBlock(config, runtime, compute_dtype))
 
     def forward(self, tokens: Tensor, with_mtp: bool = True) -> ModelOutput:
         """tokens int64 [batch, seq + 1]: bytes 0..seq-1 are read; byte t+1 helps the MTP module to predict t+2."""
-        embedded = self.embedding(tokens)
-        h = embedded[:, :-1]
-        chosen = []
-        for block in self.blocks:
-            h, routed = block(h)
-            chosen.append(routed)
-        mtp_logits = None
-        if with_mtp:
-            mtp_h, routed = self.mtp(h, embedded[:, 1:])
-            mtp_logits = self.head(mtp_h)
-            chosen.append(routed)
-        return ModelOutput(self.head(self.norm(h)), mtp_logits, [routed for routed in chosen if routed is not None])
+        state: overlap.State = (tokens,)
+        for layer in self.layers(with_mtp=with_mtp):
+            state = overlap.run_layer(layer, *state)
+        h, mtp_h, balance = state
+        return self.predict(h, mtp_h if with_mtp else None, balance)
+
+    def layers(self, with_mtp: bool = True) -> list[overlap.Layer]:
+        """The model but for its head, from tokens to what `predict` takes; without MTP, a carried tensor is left."""
+        trunk: list[overlap.Layer] = [
+            TrunkLayer(self, block, is_first=layer == self.config.num_dense_layers)
+            for layer, block in enumerate(self.blocks)
+            if isinstance(block, MoEBlock)
+        ]
+        return [*trunk, MtpLayer(self.mtp)] if with_mtp else trunk
+
+    def predict(self, h: Tensor, mtp_h: Tensor | None, balance: Tensor) -> ModelOutput:
+        """The head on FP32 [batch, seq, hidden] of the trunk and of the MTP module."""
+        if mtp_h is None:
+            return ModelOutput(self.head(self.norm(h)), None, balance)
+        logits, mtp_logits = self.head(torch.stack([self.norm(h), mtp_h]))
+        return ModelOutput(logits, mtp_logits, balance)
 
     def moe_layers(self) -> list[MoELayer]:
-        """The MoE layers, in the order of `ModelOutput.routed`."""
+        """Of the trunk, then that of the MTP module."""
         return [module for module in self.modules() if isinstance(module, MoELayer)]
 
 
-class Block(nn.Module):
+class DenseBlock(nn.Module):
     """`h += attention(norm(h))`, then `h += feed_forward(norm(h))`."""
 
-    def __init__(
-        self, config: ModelConfig, runtime: commlib.Runtime, compute_dtype: torch.dtype, *, is_moe: bool
-    ) -> None:
+    def __init__(self, config: ModelConfig, compute_dtype: torch.dtype) -> None:
         super().__init__()
         self._dtype = compute_dtype
         self.attention_norm = RMSNorm(config.hidden)
         self.attention = MLA(config)
         self.ffn_norm = RMSNorm(config.hidden)
-        self.ffn: MoELayer | SwiGLU
-        if is_moe:
-            self.ffn = MoELayer(config.hidden, config.expert_width, config.num_shared, config.gate, runtime)
-        else:
-            self.ffn = SwiGLU(config.hidden, config.dense_width)
+        self.ffn = SwiGLU(config.hidden, config.dense_width)
 
-    def forward(self, h: Tensor) -> tuple[Tensor, Routed | None]:
-        """h FP32 [batch, seq, hidden] -> (the same shape, what the gate chose for its batch * seq tokens)."""
+    def forward(self, h: Tensor) -> Tensor:
+        """h FP32 [batch, seq, hidden] -> the same shape."""
         h = h + self.attention(self.attention_norm(h).to(self._dtype))
-        x = self.ffn_norm(h).to(self._dtype)
-        if isinstance(self.ffn, SwiGLU):
-            return h + self.ffn(x), None
-        y, routed = self.ffn(x.flatten(0, 1))
-        return h + y.view_as(h), routed
+        return h + self.ffn(self.ffn_norm(h).to(self._dtype))
+
+
+class MoEBlock(nn.Module):
+    """The same with an MoE layer as its feed-forward, cut where that layer communicates."""
+
+    def __init__(self, config: ModelConfig, runtime: commlib.Runtime, compute_dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype = compute_dtype
+        self.attention_norm = RMSNorm(config.hidden)
+        self.attention = MLA(config)
+        self.ffn_norm = RMSNorm(config.hidden)
+        self.ffn = MoELayer(config.hidden, config.expert_width, config.num_shared, config.gate, runtime)
+
+    def start(self, h: Tensor, carried: Tensor, balance: Tensor) -> overlap.Attended:
+        """h FP32 [batch, seq, hidden] -> the rows for the experts; `carried` passes by."""
+        h = h + self.attention(self.attention_norm(h).to(self._dtype))
+        attended = self.ffn.attention(self.ffn_norm(h).to(self._dtype).flatten(0, 1))
+        shared, scores = attended.kept
+        balance = balance + routing.sequence_balance_loss(scores, self.ffn.gate_config, h.shape[1], alpha=1.0)
+        return attended._replace(kept=(h, shared, carried, balance))
+
+    def end(self, kept: overlap.State, combined: Tensor) -> overlap.State:
+        """-> (h, carried, balance)."""
+        h, shared, carried, balance = kept
+        y, _ = self.ffn.finish((shared, balance), combined)
+        return h + y.view_as(h), carried, balance
+
+
+class TrunkLayer:
+    """An MoE block of the trunk; the first one has the embedding and the dense blocks before it.
+
+    (tokens) or (h, embeddings of the next bytes, balance) -> (h, embeddings of the next bytes, balance).
+    """
+
+    def __init__(self, model: Transformer, block: MoEBlock, *, is_first: bool) -> None:
+        self._model, self._block, self._is_first = model, block, is_first
+        self.exchange = block.ffn.exchange
+
+    def attention(self, *state: Tensor) -> overlap.Attended:
+        if not self._is_first:
+            return self._block.start(*state)
+        (tokens,) = state
+        embedded = self._model.embedding(tokens)
+        h = embedded[:, :-1]
+        for block in self._model.blocks:
+            if isinstance(block, DenseBlock):
+                h = block(h)
+        return self._block.start(h, embedded[:, 1:], h.new_zeros(()))
+
+    def mlp(self, received: Dispatched) -> Tensor:
+        return self._block.ffn.mlp(received)
+
+    def finish(self, kept: overlap.State, combined: Tensor) -> overlap.State:
+        return self._block.end(kept, combined)
+
+
+class MtpLayer:
+    """The MTP module: (h, embeddings of the next bytes, balance) -> (h, h of the module, balance)."""
+
+    def __init__(self, mtp: MultiTokenPrediction) -> None:
+        assert isinstance(mtp.block, MoEBlock)
+        self._mtp, self._block = mtp, mtp.block
+        self.exchange = mtp.block.ffn.exchange
+
+    def attention(self, *state: Tensor) -> overlap.Attended:
+        h, following, balance = state
+        return self._block.start(self._mtp.join(h, following), h, balance)
+
+    def mlp(self, received: Dispatched) -> Tensor:
+        return self._block.ffn.mlp(received)
+
+    def finish(self, kept: overlap.State, combined: Tensor) -> overlap.State:
+        mtp_h, h, balance = self._block.end(kept, combined)
+        return h, self._mtp.norm(mtp_h), balance
 
 
 class Losses(NamedTuple):
@@ -100,19 +180,13 @@ class Losses(NamedTuple):
     balance: Tensor
 
 
-def training_losses(model: Transformer, windows: Tensor, config: TrainConfig) -> tuple[Losses, Tensor]:
-    """Losses of `windows` (int64 [batch, seq_len + 2]), and the global batch's load: int64 [MoE layers, experts]."""
-    output = model(windows[:, :-1])
+def losses_of(output: ModelOutput, windows: Tensor, config: TrainConfig) -> Losses:
+    """Losses of what the model says to `windows[:, :-1]` (windows int64 [batch, seq_len + 2])."""
+    assert output.mtp_logits is not None
     main = next_byte_loss(output.logits, windows[:, 1:-1])
     mtp = next_byte_loss(output.mtp_logits, windows[:, 2:])
-    balance = torch.stack(
-        [
-            routing.sequence_balance_loss(routed.scores, model.config.gate, config.seq_len, config.balance_alpha)
-            for routed in output.routed
-        ]
-    ).sum()
-    total = main + config.mtp_lambda * mtp + balance
-    return Losses(total, main, mtp, balance), torch.tensor([routed.load for routed in output.routed])
+    balance = config.balance_alpha * output.balance
+    return Losses(main + config.mtp_lambda * mtp + balance, main, mtp, balance)
 
 
 def next_byte_loss(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:

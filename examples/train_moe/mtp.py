@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from examples.moe_layer import Linear, Routed
+from examples.moe_layer import Linear
 from examples.train_moe.attention import RMSNorm
 
 
@@ -25,8 +25,7 @@ class MultiTokenPrediction(nn.Module):
         self.block = block
         self.norm = RMSNorm(hidden)
 
-    def forward(self, h: Tensor, next_embedded: Tensor) -> tuple[Tensor, Routed]:
-        """h and next_embedded FP32 [batch, seq, hidden] -> (FP32 [batch, seq, hidden], what the block's gate chose)."""
-        joined = torch.cat([self.h_norm(h), self.embedding_norm(next_embedded)], dim=-1)
-        h, routed = self.block(self.project(joined))
-        return self.norm(h), routed
+    def join(self, h: Tensor, next_embedded: Tensor) -> Tensor:
+        """What the block reads: h and next_embedded FP32 [batch, seq, hidden] -> FP32 [batch, seq, hidden]."""
+        joined: Tensor = self.project(torch.cat([self.h_norm(h), self.embedding_norm(next_embedded)], dim=-1))
+        return joined

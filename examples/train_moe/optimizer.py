@@ -10,12 +10,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from examples.train_moe.config import TrainConfig
+from examples.train_moe.parallel import local
 
 
 class AdamW:
     """Decoupled weight decay (arXiv 1711.05101) on parameters of two and more dimensions.
 
-    The parameters are the FP32 masters: layers cast them when they use them. Moments are stored in `moment_dtype` and
+    The parameters are the FP32 masters: layers cast them when they use them. Of sharded ones, each rank updates its
+    part, and holds the moments of that part. Moments are stored in `moment_dtype` and
     updated in FP32. BF16 keeps 8 significant bits, which is enough here because an update changes the first moment by
     up to 10% (beta1 0.9) and the second by up to 5% (beta2 0.95), well above the 0.8% between neighbouring BF16 values;
     with beta2 0.999 the second moment would stop moving.
@@ -35,8 +37,8 @@ class AdamW:
         self._eps = eps
         self._weight_decay = weight_decay
         self.num_steps = 0
-        self.first = {name: torch.zeros_like(p, dtype=moment_dtype) for name, p in parameters.items()}
-        self.second = {name: torch.zeros_like(p, dtype=moment_dtype) for name, p in parameters.items()}
+        self.first = {name: torch.zeros_like(local(p), dtype=moment_dtype) for name, p in parameters.items()}
+        self.second = {name: torch.zeros_like(local(p), dtype=moment_dtype) for name, p in parameters.items()}
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
@@ -45,9 +47,9 @@ class AdamW:
         beta1, beta2 = self._betas
         first_correction = 1 - beta1**self.num_steps
         second_correction = math.sqrt(1 - beta2**self.num_steps)
-        for name, parameter in self._parameters.items():
-            grad = parameter.grad
-            assert grad is not None, f"{name} has no gradient"
+        for name, held in self._parameters.items():
+            assert held.grad is not None, f"{name} has no gradient"
+            parameter, grad = local(held), local(held.grad)
             first = self.first[name].float().lerp_(grad, 1 - beta1)
             second = self.second[name].float().mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
             self.first[name].copy_(first)
@@ -67,23 +69,26 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 @torch.no_grad()
-def clip_global_norm(dense: Iterable[Tensor], experts: Iterable[Tensor], max_norm: float) -> float:
+def clip_global_norm(
+    whole: Iterable[Tensor], parts: Iterable[Tensor], max_norm: float, group: dist.ProcessGroup | None = None
+) -> float:
     """Scales all gradients so that the norm of the whole model's gradient is at most `max_norm`.
 
     Args:
-        dense: gradients that every rank holds alike, already summed over ranks: they count once.
-        experts: gradients of the experts of this rank: their squares are summed over ranks.
+        whole: gradients that every rank holds alike: they count once.
+        parts: gradients of which each rank of the group holds a part, experts or shards: their squares are summed.
         max_norm: the limit.
+        group: the ranks that hold one model together; None: all.
 
     Returns:
         The norm before clipping, the same on all ranks.
     """
-    dense, experts = list(dense), list(experts)
-    squares = torch.stack([torch.linalg.vector_norm(grad.double()) ** 2 for grad in experts]).sum()
-    dist.all_reduce(squares)
-    squares += torch.stack([torch.linalg.vector_norm(grad.double()) ** 2 for grad in dense]).sum()
+    whole, parts = list(whole), list(parts)
+    squares = torch.stack([torch.linalg.vector_norm(grad.double()) ** 2 for grad in parts]).sum()
+    dist.all_reduce(squares, group=group)
+    squares += torch.stack([torch.linalg.vector_norm(grad.double()) ** 2 for grad in whole]).sum()
     norm = math.sqrt(float(squares))
     if norm > max_norm:
-        for grad in dense + experts:
+        for grad in whole + parts:
             grad.mul_(max_norm / norm)
     return norm

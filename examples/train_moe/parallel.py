@@ -1,7 +1,11 @@
-"""What commlib does not do: the collectives of the dense parts, and the global name of every tensor.
+"""Who holds what, and the collectives that commlib does not do.
 
-Dense parameters are the same on all ranks and their gradients are summed by torch.distributed (gloo). Expert parameters
-exist once; commlib's backward brings them the gradients of all ranks' tokens.
+Ranks form a grid. The ranks of a row share the experts (a commlib Runtime each row) and, with `shard_dense`, the large
+dense parameters (FSDP2); rows repeat each other. A gradient is the sum over all ranks' tokens:
+
+* experts: commlib's backward brings the gradients of the row's tokens; the rows are summed here;
+* sharded parameters: FSDP2 reduces and scatters within the row and sums the rows;
+* all others are the same on every rank and summed over all of them.
 """
 
 from __future__ import annotations
@@ -10,19 +14,25 @@ import os
 import socket
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not in torch's __all__
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from commlib import bootstrap
-from examples.moe_layer import RoutedExperts
+from examples.moe_layer import Linear, RoutedExperts, SwiGLU
+from examples.train_moe.attention import MLA
+from examples.train_moe.config import ParallelConfig
 
 TIMEOUT_S = 60.0
 
 
-def connect() -> bootstrap.Bootstrap:
+def connect(device_type: str = "cpu") -> bootstrap.Bootstrap:
     """Finds the other ranks, however they were started, and sets torch.distributed up among them.
 
     Gloo meets at rank 0: on loopback if all ranks are on one host, else at rank 0's host name. MASTER_ADDR overrules
@@ -38,8 +48,59 @@ def connect() -> bootstrap.Bootstrap:
     port = ranks.allgather(port.encode(), timeout_s=TIMEOUT_S)[0].decode()
     if store is None:
         store = TCPStore(host, int(port), ranks.size, is_master=False, wait_for_workers=False)
-    dist.init_process_group("gloo", store=store, rank=ranks.rank, world_size=ranks.size)
+    backend = "gloo" if device_type == "cpu" else "cpu:gloo,cuda:nccl"
+    timeout = timedelta(seconds=TIMEOUT_S)
+    dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.size, timeout=timeout)
     return ranks
+
+
+class Grid:
+    """The ranks in rows of `ep_ranks`.
+
+    Attributes:
+        device: where this rank computes.
+        mesh: dimensions "replicate" (rows) and "shard" (ranks of a row), for collectives of that device.
+        host_mesh: the same for tensors in CPU memory.
+    """
+
+    def __init__(self, ranks: bootstrap.Bootstrap, config: ParallelConfig, device: torch.device) -> None:
+        self.device = device
+        self.rank, self.num_ranks = ranks.rank, ranks.size
+        self.num_row_ranks = config.ep_ranks or ranks.size
+        if ranks.size % self.num_row_ranks:
+            raise ValueError(f"ep_ranks={self.num_row_ranks} does not divide the number of ranks, {ranks.size}")
+        shape, names = (ranks.size // self.num_row_ranks, self.num_row_ranks), ("replicate", "shard")
+        self.mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+        self.host_mesh = self.mesh if device.type == "cpu" else init_device_mesh("cpu", shape, mesh_dim_names=names)
+        self._ranks = ranks
+
+    @property
+    def num_rows(self) -> int:
+        return self.num_ranks // self.num_row_ranks
+
+    def experts_group(self) -> Any:
+        """For the Runtime of this rank's row."""
+        return self._ranks if self.num_rows == 1 else self.host_mesh.get_group("shard")
+
+    def row_group(self, *, is_host: bool = False) -> dist.ProcessGroup:
+        """The ranks of this row."""
+        return (self.host_mesh if is_host else self.mesh).get_group("shard")
+
+    def column_group(self, *, is_host: bool = False) -> dist.ProcessGroup:
+        """The ranks that hold what this one holds, one of each row."""
+        return (self.host_mesh if is_host else self.mesh).get_group("replicate")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor (its memory, not a copy); any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def as_global(part: Tensor, like: Tensor, mesh: DeviceMesh) -> Tensor:
+    """This rank's part as a tensor that is sharded like another one; `part` itself if that is not sharded."""
+    if not isinstance(like, DTensor):
+        return part
+    return DTensor.from_local(part, mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
 
 
 def expert_parameters(model: nn.Module) -> dict[str, int]:
@@ -81,13 +142,61 @@ def initialise(model: nn.Module, seed: int) -> None:
             deviation = 1.0
         elif ".down." in name or ".out." in name:
             deviation /= (2 * num_layers) ** 0.5
-        weight.normal_(0.0, deviation, generator=generator)
+        # Drawn on the CPU: the same numbers whatever the device.
+        weight.copy_(torch.empty(weight.shape).normal_(0.0, deviation, generator=generator))
 
 
-def all_reduce_gradients(gradients: Iterable[Tensor]) -> None:
-    """Sums dense gradients over ranks in one message."""
+def shard_dense(model: nn.Module, mesh: DeviceMesh) -> list[nn.Module]:
+    """Shards the large dense parameters over the rows of the grid; returns the modules that hold them.
+
+    Norms of blocks and gates stay whole: they are small, and used outside of the modules that can be sharded.
+    """
+    from torch.distributed.fsdp import fully_shard  # takes a second to load
+
+    units: list[nn.Module] = [each for each in model.modules() if isinstance(each, MLA | SwiGLU | nn.Embedding)]
+    units += [module for name, module in model.named_modules() if isinstance(module, Linear) and name in _SINGLE_LINEAR]
+    for unit in units:
+        sharded: Any = fully_shard(unit, mesh=mesh, reshard_after_forward=True)
+        sharded.set_gradient_divide_factor(1.0)  # sums: the losses are divided already
+        sharded.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+    return units
+
+
+_SINGLE_LINEAR = ("head", "mtp.project")
+
+
+def hold_gradients(units: Iterable[nn.Module]) -> None:
+    """Until `reduce_gradients`, backward passes add up gradients on this rank.
+
+    An overlapped schedule computes gradients of weights after the backward pass of their module, which is when FSDP2
+    would reduce them.
+    """
+    for unit in units:
+        sharded: Any = unit
+        sharded.set_requires_gradient_sync(False)
+        sharded.set_reshard_after_backward(False)
+
+
+def reduce_gradients(units: Iterable[nn.Module]) -> None:
+    """Reduces what `hold_gradients` has kept: what torch's own pipelines do at the end of a step."""
+    from torch.distributed.fsdp import fully_shard
+
+    for unit in units:
+        sharded: Any = unit
+        sharded.set_is_last_backward(True)
+        sharded.set_requires_gradient_sync(True)
+        sharded.set_reshard_after_backward(True)
+        state: Any = fully_shard.state(unit)  # type: ignore[attr-defined]
+        for each in state._state_ctx.all_states:
+            for group in each._fsdp_param_groups:
+                group.post_backward()
+        state._root_post_backward_final_callback()
+
+
+def all_reduce_gradients(gradients: Iterable[Tensor], group: dist.ProcessGroup | None = None) -> None:
+    """Sums gradients over the ranks of a group (None: all) in one message."""
     gradients = list(gradients)
     flat = torch.cat([grad.flatten() for grad in gradients])
-    dist.all_reduce(flat)
+    dist.all_reduce(flat, group=group)
     for grad, total in zip(gradients, torch.split(flat, [grad.numel() for grad in gradients]), strict=True):
         grad.copy_(total.view_as(grad))

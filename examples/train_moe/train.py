@@ -13,12 +13,22 @@ from torch import Tensor
 
 import commlib
 from commlib import bootstrap, routing
-from examples.train_moe.config import ModelConfig, TrainConfig
+from examples.train_moe.config import ModelConfig, ParallelConfig, TrainConfig
 from examples.train_moe.data import Batches
 from examples.train_moe.ema import Ema
-from examples.train_moe.model import Transformer, next_byte_loss, training_losses
+from examples.train_moe.micro_batches import add_gradients
+from examples.train_moe.model import Losses, Transformer, next_byte_loss
 from examples.train_moe.optimizer import AdamW, clip_global_norm, learning_rate
-from examples.train_moe.parallel import all_reduce_gradients, expert_parameters, initialise
+from examples.train_moe.parallel import (
+    Grid,
+    all_reduce_gradients,
+    expert_parameters,
+    hold_gradients,
+    initialise,
+    local,
+    reduce_gradients,
+    shard_dense,
+)
 
 
 class StepReport(NamedTuple):
@@ -43,9 +53,7 @@ class Trainer:
     """Model, optimizer, average and data of one rank.
 
     How gradients come to be those of the mean over the global batch: each rank differentiates its own mean divided by
-    the number of ranks. Dense gradients are then summed by an all-reduce. Expert gradients need nothing more: the
-    backward pass of combine brings the contributions of all ranks' tokens to the rank of the expert, and they add up
-    in the expert's own matmul.
+    the number of ranks, and all contributions are summed (see `parallel`).
     """
 
     def __init__(
@@ -55,9 +63,17 @@ class Trainer:
         config: TrainConfig,
         text: Tensor,
         compute_dtype: torch.dtype,
+        parallel: ParallelConfig | None = None,
+        device: str = "cpu",
     ) -> None:
-        self.config = config
+        parallel = ParallelConfig() if parallel is None else parallel
+        self.config, self.parallel = config, parallel
         self.num_ranks = ranks.size
+        local_batch = config.global_batch // ranks.size
+        if local_batch % parallel.micro_batches:
+            raise ValueError(
+                f"{local_batch} sequences per rank are not divisible by micro_batches={parallel.micro_batches}"
+            )
         self.batches = Batches(
             text,
             seq_len=config.seq_len,
@@ -66,25 +82,26 @@ class Trainer:
             num_ranks=ranks.size,
             seed=config.seed,
         )
+        self.grid = Grid(ranks, parallel, torch.device(device))
         self.runtime = commlib.Runtime(
-            ranks,
+            self.grid.experts_group(),
             commlib.RuntimeConfig(
                 hidden=model_config.hidden,
                 num_experts=model_config.num_experts,
                 num_topk=model_config.num_topk,
-                max_tokens=config.global_batch // ranks.size * config.seq_len,
+                max_tokens=local_batch * config.seq_len,
                 expert_alignment=32,
             ),
+            device=device,
         )
-        self.model = Transformer(model_config, self.runtime, compute_dtype)
+        self.model = Transformer(model_config, self.runtime, compute_dtype).to(device)
         initialise(self.model, config.seed)
+        self._sharded_units = shard_dense(self.model, self.grid.mesh) if parallel.shard_dense else []
         self.first_expert = expert_parameters(self.model)
-        parameters = dict(self.model.named_parameters())
-        self._experts = [p for name, p in parameters.items() if name in self.first_expert]
-        self._dense = [p for name, p in parameters.items() if name not in self.first_expert]
+        self.parameters: dict[str, Tensor] = dict(self.model.named_parameters())
         betas = (config.beta1, config.beta2)
-        self.optimizer = AdamW(parameters, betas=betas, weight_decay=config.weight_decay)
-        self.ema = Ema(parameters, config.ema_decay)
+        self.optimizer = AdamW(self.parameters, betas=betas, weight_decay=config.weight_decay)
+        self.ema = Ema(self.parameters, config.ema_decay)
 
     def train(self, until_step: int) -> Iterator[StepReport]:
         """Steps until `until_step` steps have been made."""
@@ -93,27 +110,64 @@ class Trainer:
 
     def _step(self) -> StepReport:
         started = time.perf_counter()
-        losses, load = training_losses(self.model, self.batches.next(), self.config)
-        self.model.zero_grad()
-        torch.autograd.backward(losses.total / self.num_ranks)
-        dense_grads, expert_grads = _gradients(self._dense), _gradients(self._experts)
-        all_reduce_gradients(dense_grads)
-        norm = clip_global_norm(dense_grads, expert_grads, self.config.clip_norm)
+        self._take_load()
+        losses = self._add_gradients()
+        norm = self._reduce_and_clip()
 
         step = self.optimizer.num_steps
         self.ema.wait()
         self.optimizer.step(learning_rate(step, self.config))
         self.ema.update()
 
+        load = self._take_load()
         self._balance(load)
-        means = torch.stack([losses.main, losses.mtp, losses.balance]).detach().double() / self.num_ranks
+        values = torch.stack([torch.stack([each.main, each.mtp, each.balance]) for each in losses])
+        means = values.double().sum(dim=0).cpu() / (len(losses) * self.num_ranks)
         dist.all_reduce(means)
         main, mtp, balance = means.tolist()
         return StepReport(step, main, mtp, balance, norm, time.perf_counter() - started, load)
 
+    def _add_gradients(self) -> list[Losses]:
+        """Forward and backward passes on the next batch."""
+        count = self.parallel.micro_batches
+        batches = self.batches.next().to(self.grid.device).chunk(count)
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        hold_gradients(self._sharded_units)
+        scale = 1 / (count * self.num_ranks)
+        losses = add_gradients(self.model, batches, self.config, scale=scale, way=self.parallel.overlap)
+        reduce_gradients(self._sharded_units)
+        return losses
+
+    def _reduce_and_clip(self) -> float:
+        """Sums all gradients that are not yet summed; returns their norm before clipping."""
+        whole: list[Tensor] = []
+        sharded: list[Tensor] = []
+        experts: list[Tensor] = []
+        for name, parameter in self.parameters.items():
+            if parameter.grad is None:  # on a rank whose experts no token chose
+                parameter.grad = torch.zeros_like(parameter)
+            is_sharded = local(parameter) is not parameter
+            kind = experts if name in self.first_expert else sharded if is_sharded else whole
+            kind.append(local(parameter.grad))
+        all_reduce_gradients(whole)
+        if self.grid.num_rows > 1:
+            all_reduce_gradients(experts, self.grid.column_group())
+        return clip_global_norm(whole, sharded + experts, self.config.clip_norm, self.grid.row_group())
+
+    def _take_load(self) -> Tensor:
+        """Tokens per expert since the last call, over all ranks: int64 [MoE layers, experts]."""
+        layers = self.model.moe_layers()
+        load = torch.stack([layer.load for layer in layers])
+        for layer in layers:
+            layer.load = torch.zeros_like(layer.load)
+        if self.grid.num_rows > 1:
+            dist.all_reduce(load, group=self.grid.column_group(is_host=True))
+        return load
+
     def _balance(self, load: Tensor) -> None:
         """Moves every gate's bias by the load of the global batch, int64 [MoE layers, experts]."""
-        for layer, layer_load in zip(self.model.moe_layers(), load, strict=True):
+        for layer, layer_load in zip(self.model.moe_layers(), load.to(self.grid.device), strict=True):
             layer.bias.copy_(routing.update_bias(layer.bias, layer_load, self.config.bias_rate))
 
     @torch.no_grad()
@@ -124,13 +178,14 @@ class Trainer:
         """
         batch = self.config.global_batch // self.num_ranks
         total = torch.zeros((), dtype=torch.float64)
+        device = self.grid.device
         for start in range(0, len(windows), self.config.global_batch):
             mine = start + dist.get_rank() * batch + torch.arange(batch)
             is_real = mine < len(windows)
-            tokens = windows[mine.clamp(max=len(windows) - 1)]
+            tokens = windows[mine.clamp(max=len(windows) - 1)].to(device)
             logits = self.model(tokens, with_mtp=False).logits
             nats = next_byte_loss(logits, tokens[:, 1:], reduction="none").view(batch, -1)
-            total += nats[is_real].double().sum()
+            total += nats[is_real.to(device)].double().sum().cpu()
         dist.all_reduce(total)
         return float(total) / windows[:, 1:].numel()
 
@@ -145,11 +200,3 @@ class Trainer:
             self.ema.close()
         finally:
             self.runtime.__exit__(kind, error, trace)
-
-
-def _gradients(parameters: list[torch.nn.Parameter]) -> list[Tensor]:
-    """The gradients of `parameters`; a missing one is zero (on a rank whose experts no token chose)."""
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    return [parameter.grad for parameter in parameters if parameter.grad is not None]

@@ -58,10 +58,7 @@ def test_resumed_run_is_bitwise_the_same(folder: Path) -> None:
     assert len(resumed.steps) == 3
     for ours, theirs in zip(resumed.steps, straight.steps[3:], strict=True):
         assert_same_step(ours, theirs)
-    assert resumed.state.keys() == straight.state.keys()
-    for name, tensor in resumed.state.items():
-        assert torch.equal(tensor, straight.state[name]), name
-    assert resumed.held_out == straight.held_out
+    assert_same_state(resumed, straight)
 
 
 def test_one_rank_trains_the_same_model_as_four(folder: Path, tmp_path: Path) -> None:
@@ -72,6 +69,36 @@ def test_one_rank_trains_the_same_model_as_four(folder: Path, tmp_path: Path) ->
 def test_one_rank_goes_on_from_the_checkpoint_of_four(folder: Path) -> None:
     train_moe_job.resumed(str(folder))
     assert_same_to_rounding(read(folder, "resumed", 1), read(folder, "straight", 4), first_step=3)
+
+
+def test_overlap_and_sharding_change_no_bit_of_each_other(folder: Path, tmp_path: Path) -> None:
+    """Bits are compared on the ranks; here sharded against whole, and both against the other run of three steps."""
+    check_ranks("train_moe_job:ways", 4, args=[str(tmp_path)], ranks_per_node=2, timeout_s=90)
+    whole, sharded = read(tmp_path, "whole", 4), read(tmp_path, "sharded", 4)
+    assert len(whole.steps) == 3
+    assert_same_to_rounding(sharded, whole, first_step=0)
+    for ours, theirs in zip(whole.steps, read(folder, "straight", 4).steps, strict=False):
+        assert ours["main"] == pytest.approx(theirs["main"], rel=2e-6)
+
+
+def test_checkpoint_of_eight_ranks_in_the_background(tmp_path: Path) -> None:
+    """Bit-exact on eight ranks; the same state, and to rounding the same run, on four ranks in two rows."""
+    check_ranks("train_moe_job:saved_in_background", 8, args=[str(tmp_path)], ranks_per_node=4, timeout_s=120)
+    straight, resumed = read(tmp_path, "straight", 8), read(tmp_path, "resumed", 8)
+    for ours, theirs in zip(resumed.steps, straight.steps, strict=True):
+        assert_same_step(ours, theirs)
+    assert_same_state(resumed, straight)
+    check_ranks("train_moe_job:loaded_by_fewer", 4, args=[str(tmp_path)], ranks_per_node=2, timeout_s=60)
+    assert_same_state(read(tmp_path, "start", 4), read(tmp_path, "start", 8), with_held_out=False)
+    assert_same_to_rounding(read(tmp_path, "resumed", 4), straight, first_step=0)
+
+
+def assert_same_state(ours: Run, theirs: Run, *, with_held_out: bool = True) -> None:
+    """Bit for bit."""
+    assert ours.state.keys() == theirs.state.keys()
+    for name, tensor in ours.state.items():
+        assert torch.equal(tensor, theirs.state[name]), name
+    assert not with_held_out or ours.held_out == theirs.held_out
 
 
 def assert_same_to_rounding(ours: Run, theirs: Run, first_step: int) -> None:

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from commlib import bootstrap
 from examples.train_moe import checkpoint
-from examples.train_moe.config import ModelConfig, TrainConfig
+from examples.train_moe.config import ModelConfig, ParallelConfig, TrainConfig
 from examples.train_moe.data import held_out_windows
-from examples.train_moe.parallel import by_expert, connect
+from examples.train_moe.parallel import as_global, by_expert, connect
 from examples.train_moe.train import StepReport, Trainer
 
 STEPS = 6
@@ -57,9 +58,9 @@ def joined() -> Iterator[bootstrap.Bootstrap]:
         ranks.close()
 
 
-def make_trainer(ranks: bootstrap.Bootstrap) -> Trainer:
+def make_trainer(ranks: bootstrap.Bootstrap, **parallel: Any) -> Trainer:
     """The same model on any number of ranks, all of it in FP32."""
-    return Trainer(ranks, MODEL, TRAINING, make_text(2000, seed=0), torch.float32)
+    return Trainer(ranks, MODEL, TRAINING, make_text(2000, seed=0), torch.float32, ParallelConfig(**parallel))
 
 
 def straight(out: str) -> None:
@@ -93,8 +94,56 @@ def whole_model_is_causal() -> None:
     assert not torch.allclose(before.mtp_logits[:, 9], after.mtp_logits[:, 9])
 
 
-def _write(trainer: Trainer, reports: list[StepReport], path: Path) -> None:
-    """Reports, and all that training carries from step to step, by global name."""
+def ways(out: str) -> None:
+    """Three steps in every way to lay micro-batches side by side: the same bits, with and without sharding."""
+    with joined() as ranks:
+        for parallel in ({}, {"ep_ranks": 2, "shard_dense": True}):
+            expected: dict[str, Tensor] = {}
+            for way in ("none", "batches", "pairs"):
+                with make_trainer(ranks, micro_batches=2, overlap=way, **parallel) as trainer:
+                    reports = list(trainer.train(3))
+                    state = state_of(trainer)
+                    kind = "sharded" if parallel else "whole"
+                    if way == "none":
+                        expected = state
+                        _write(trainer, reports, Path(out) / f"{kind}-{ranks.size}-{ranks.rank}.pt")
+                for name, tensor in state.items():
+                    assert torch.equal(tensor, expected[name]), f"{kind}, {way}: {name}"
+
+
+def saved_in_background(out: str) -> None:
+    """With sharded dense parameters: a checkpoint while training goes on, and one more run from there."""
+    with joined() as ranks:
+        with make_trainer(ranks, shard_dense=True) as trainer:
+            list(trainer.train(SAVE_AT))
+            expected_start = state_of(trainer)
+            saver = checkpoint.BackgroundSaver()
+            directory = saver.start(trainer, Path(out) / "checkpoints")
+            reports = list(trainer.train(STEPS))
+            saver.wait()
+            sharded = [name for name, each in trainer.parameters.items() if isinstance(each, DTensor)]
+            assert len(sharded) == 3 * (7 + 3) + 3, "MLA and SwiGLU of three blocks, embedding, head, MTP projection"
+            _write(trainer, reports, Path(out) / f"straight-{ranks.size}-{ranks.rank}.pt")
+        with make_trainer(ranks, shard_dense=True) as trainer:
+            checkpoint.load(trainer, directory)
+            for name, tensor in state_of(trainer).items():
+                assert torch.equal(tensor, expected_start[name]), f"the copy of {name} was taken too late"
+            _write(trainer, [], Path(out) / f"start-{ranks.size}-{ranks.rank}.pt")
+            _write(trainer, list(trainer.train(STEPS)), Path(out) / f"resumed-{ranks.size}-{ranks.rank}.pt")
+
+
+def loaded_by_fewer(out: str) -> None:
+    """The same checkpoint on another number of ranks, in rows that repeat each other."""
+    with joined() as ranks, make_trainer(ranks, ep_ranks=2, shard_dense=True) as trainer:
+        found = checkpoint.latest(Path(out) / "checkpoints")
+        assert found is not None
+        checkpoint.load(trainer, found)
+        _write(trainer, [], Path(out) / f"start-{ranks.size}-{ranks.rank}.pt")
+        _write(trainer, list(trainer.train(STEPS)), Path(out) / f"resumed-{ranks.size}-{ranks.rank}.pt")
+
+
+def state_of(trainer: Trainer) -> dict[str, Tensor]:
+    """All that training carries from step to step, by global name; sharded tensors are joined."""
     trainer.ema.wait()
     groups = {
         "model": trainer.model.state_dict(),
@@ -102,12 +151,19 @@ def _write(trainer: Trainer, reports: list[StepReport], path: Path) -> None:
         "second_moment": trainer.optimizer.second,
         "ema": trainer.ema.average,
     }
-    state = {
-        f"{group}.{name}": tensor.clone()
-        for group, tensors in groups.items()
-        for name, tensor in by_expert(tensors, trainer.first_expert)
-    }
+    state = {}
+    for group, tensors in groups.items():
+        for name, tensor in by_expert(tensors, trainer.first_expert):
+            if name in trainer.parameters and group != "model":
+                tensor = as_global(tensor, trainer.parameters[name], trainer.grid.mesh)
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            state[f"{group}.{name}"] = whole.clone()
     state["data"] = trainer.batches.state()
+    return state
+
+
+def _write(trainer: Trainer, reports: list[StepReport], path: Path) -> None:
+    """Reports, state and held-out loss."""
     held_out = trainer.held_out_loss(held_out_windows(make_text(16 * 11 + 1, seed=9), TRAINING.seq_len))
     steps: list[dict[str, Any]] = [report._replace(seconds=0.0)._asdict() for report in reports]
-    torch.save({"steps": steps, "state": state, "held_out": held_out}, path)
+    torch.save({"steps": steps, "state": state_of(trainer), "held_out": held_out}, path)

@@ -11,13 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from examples.moe_layer import Routed
 from examples.train_moe.attention import MLA, rotate
 from examples.train_moe.bigram import bigram_loss, fit_bigram
-from examples.train_moe.config import ModelConfig, TrainConfig
+from examples.train_moe.config import ModelConfig, ParallelConfig, TrainConfig
 from examples.train_moe.data import Batches, held_out_windows, split_plays
 from examples.train_moe.ema import Ema
-from examples.train_moe.model import ModelOutput, training_losses
+from examples.train_moe.model import ModelOutput, losses_of
 from examples.train_moe.mtp import MultiTokenPrediction
 from examples.train_moe.optimizer import AdamW, clip_global_norm, learning_rate
 from examples.train_moe.parallel import by_expert
@@ -119,6 +118,15 @@ class TestClip:
         assert torch.equal(grad, torch.full((4,), 0.1))
 
 
+def test_impossible_settings_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"num_dense_layers=3 is not in 0\.\.num_layers-1=2"):
+        ModelConfig(num_layers=3, num_dense_layers=3)
+    with pytest.raises(ValueError, match="overlap='some' is not none, batches or pairs"):
+        ParallelConfig(overlap="some")
+    with pytest.raises(ValueError, match="micro_batches=3 with overlap=batches"):
+        ParallelConfig(overlap="batches", micro_batches=3)
+
+
 class TestAttention:
     CONFIG = ModelConfig(hidden=32, num_heads=2, q_rank=16, kv_rank=8, nope_dim=8, rope_dim=4, v_dim=8)
 
@@ -158,46 +166,34 @@ class TestAttention:
 
 class TestMultiTokenPrediction:
     def test_sees_the_next_byte_and_no_later_one(self) -> None:
-        """Position t mixes the trunk's state at t with the embedding of t + 1; the identity block adds nothing."""
-
-        class Identity(nn.Module):
-            def forward(self, h: Tensor) -> tuple[Tensor, None]:
-                return h, None
-
+        """Position t mixes the trunk's state at t with the embedding of t + 1."""
         torch.manual_seed(0)
-        mtp = MultiTokenPrediction(8, Identity())
+        mtp = MultiTokenPrediction(8, nn.Identity())
         embedding = nn.Embedding(256, 8)
         tokens = torch.arange(10)[None]
         h = torch.randn(1, 9, 8)
-        before, _ = mtp(h, embedding(tokens)[:, 1:])
+        before = mtp.join(h, embedding(tokens)[:, 1:])
         tokens[0, 5] = 200
-        after, _ = mtp(h, embedding(tokens)[:, 1:])
+        after = mtp.join(h, embedding(tokens)[:, 1:])
         is_changed = (before != after).any(dim=-1)[0]
         assert is_changed.nonzero().flatten().tolist() == [4]
 
     def test_targets_are_two_bytes_ahead(self) -> None:
         """A model that knows the text, x[t] = t, is asked for t + 1 by its head and for t + 2 by the MTP module."""
 
-        class Oracle:
-            config = ModelConfig()
-
-            def __call__(self, tokens: Tensor) -> ModelOutput:
-                known = tokens[:, :-1]
-
-                def sure_of(targets: Tensor) -> Tensor:
-                    return 100.0 * nn.functional.one_hot(targets, 256).float()
-
-                scores = torch.full((known.numel(), 16), 0.5)
-                return ModelOutput(sure_of(known + 1), sure_of(known + 2), [Routed(scores, [4] * 16)])
-
         windows = torch.arange(2 * 10).view(2, 10)
-        config = TrainConfig(seq_len=8)
-        losses, load = training_losses(Oracle(), windows, config)  # type: ignore[arg-type]
+        known = windows[:, :-2]
+
+        def sure_of(targets: Tensor) -> Tensor:
+            return 100.0 * nn.functional.one_hot(targets, 256).float()
+
+        output = ModelOutput(sure_of(known + 1), sure_of(known + 2), torch.tensor(3.0))
+        config = TrainConfig(seq_len=8, balance_alpha=0.5)
+        losses = losses_of(output, windows, config)
         assert float(losses.main) < 1e-6
         assert float(losses.mtp) < 1e-6
-        assert load.tolist() == [[4] * 16]
-        # Equal scores: f_i averages to 1 and P_i is 1/E, so the balance loss is alpha exactly.
-        assert float(losses.balance) == pytest.approx(config.balance_alpha)
+        assert float(losses.balance) == 1.5
+        assert float(losses.total) == pytest.approx(1.5)
 
 
 class TestBigram:

@@ -23,7 +23,7 @@ _MAX_INDEX = 2**31 - 1
 _MAX_RECORD_BYTES = 1024
 
 # Fields that only concern the rank itself; everything else must be equal on all ranks.
-_LOCAL_FIELDS = frozenset({"num_threads", "num_sms", "num_local_sms", "arena_bytes", "timeout_s"})
+_LOCAL_FIELDS = frozenset({"num_threads", "arena_bytes", "timeout_s"})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,7 +34,6 @@ class LatencyHandle:
     rows_per_expert: Any
     expert_offset: Any
     state: Any
-    masks: Any
     owners: Any
     records: Any
     epoch: int = 0
@@ -136,7 +135,6 @@ class LatencyOps:
             scales=0 if scales is None else scales.data_ptr(),
             weights=weights.data_ptr(),
             records=handle.records.data_ptr(),
-            masks=handle.masks.data_ptr(),
             owners=handle.owners.data_ptr(),
             rows_per_expert=handle.rows_per_expert.data_ptr(),
             expert_offset=handle.expert_offset.data_ptr(),
@@ -167,11 +165,11 @@ class LatencyOps:
     def _new_handle(self, num_tokens: int, capacity: int) -> LatencyHandle:
         queue, config = self._queue, self._queue.config
         ranks, experts, tokens = queue.num_ranks, config.num_experts // queue.num_ranks, self._max_tokens
-        sizes = [experts, experts + 1, 1, ranks * -(-tokens // 32), max(1, num_tokens * config.num_topk)]
+        sizes = [experts, experts + 1, 1, max(1, num_tokens * config.num_topk)]
         sizes.append(ranks * tokens * (record_bytes(config.num_topk) // 4))
         words = torch.empty(sum(sizes), dtype=torch.int32, device=queue.device)
-        per_expert, offset, state, masks, owners, records = torch.split(words, sizes)
-        return LatencyHandle(num_tokens, capacity, per_expert, offset, state, masks, owners, records)
+        per_expert, offset, state, owners, records = torch.split(words, sizes)
+        return LatencyHandle(num_tokens, capacity, per_expert, offset, state, owners, records)
 
     def _most_rows(self, alignment: int) -> int:
         config: RuntimeConfig = self._queue.config
@@ -217,17 +215,28 @@ class LatencyOps:
             weights=0 if weights is None else weights.data_ptr(),
             out=out.data_ptr(),
             records=native.records.data_ptr(),
-            masks=native.masks.data_ptr(),
             owners=native.owners.data_ptr(),
             state=native.state.data_ptr(),
             num_tokens=native.num_tokens,
             row_bytes=2 * config.hidden,
             piece_bytes=launch.piece_bytes,
+            part_bytes=self._part_bytes(launch.piece_bytes),
         )
         result, inputs = Combined(out, None), (y, weights, call.handle)
         pending = PendingLatency("latency combine", queue.runtime_id, params, launch.shared_bytes, result, inputs)
         self._launch(pending, phases)
         return pending
+
+    def _part_bytes(self, piece_bytes: int) -> int:
+        """As many parts of a row as keep all warps busy; fewer, longer ones spend less on finding out where to go.
+
+        The same on all ranks: readers wait for the parts that writers make.
+        """
+        queue, config = self._queue, self._queue.config
+        warps, pieces = queue.num_sms * LATENCY_WARPS, -(-2 * config.hidden // piece_bytes)
+        rows = self._max_tokens * min(queue.num_ranks, config.num_topk)
+        parts = max(1, min(pieces, warps // rows))
+        return int(-(-pieces // parts) * piece_bytes)
 
     # ---- both
 

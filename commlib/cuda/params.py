@@ -261,7 +261,6 @@ class LatencyDispatchCall(ctypes.Structure):
                 "scales",
                 "weights",
                 "records",
-                "masks",
                 "owners",
                 "rows_per_expert",
                 "expert_offset",
@@ -292,8 +291,8 @@ class LatencyDispatchCall(ctypes.Structure):
 
 class LatencyCombineCall(ctypes.Structure):
     _fields_ = [
-        *((name, _POINTER) for name in ("y", "weights", "out", "records", "masks", "owners", "state")),
-        *((name, c_uint32) for name in ("num_tokens", "row_bytes", "piece_bytes", "phases")),
+        *((name, _POINTER) for name in ("y", "weights", "out", "records", "owners", "state")),
+        *((name, c_uint32) for name in ("num_tokens", "row_bytes", "piece_bytes", "part_bytes", "phases")),
     ]
 
 

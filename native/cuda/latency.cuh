@@ -50,7 +50,6 @@ struct LatencyDispatchCall {
   float* scales;
   float* weights;             // [capacity]
   uint8_t* records;           // of the handle: [source][token]
-  uint32_t* masks;            // of the handle: [source] bits of the tokens that came
   int32_t* owners;            // of the handle: [own token][slot] rank, or -1
   uint32_t* rows_per_expert;  // [local expert]
   uint32_t* expert_offset;    // [local expert + 1]

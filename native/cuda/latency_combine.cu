@@ -10,47 +10,74 @@ struct LatencyCombineCall {
   const float* weights;  // [row] or nullptr
   uint8_t* out;
   const uint8_t* records;  // of the handle, see LatencyDispatchCall
-  const uint32_t* masks;
   const int32_t* owners;
   const uint32_t* state;
   uint32_t num_tokens, row_bytes, piece_bytes;
+  uint32_t part_bytes;  // of a row, one warp's work: pieces
   uint32_t phases;
 };
 
 namespace {
 
-// Role: the local rows of every token that came, local experts (and so rows) ascending, a warp per
-// part of a row.
+// A part of the partial row of one token that came. Entry, then weight: loads of the next two are
+// under way while one is summed.
+struct Job {
+  uint32_t source, token, part;
+  bool is_task;  // false: there are no more
+  int32_t row;   // of this lane; -1: none
+  float weight;
+};
+
+__device__ Job make_job(const Mesh& mesh, const LatencyRegions& regions,
+                        const LatencyCombineCall& call, PartTasks& tasks) {
+  const uint32_t ranks = uint32_t(mesh.num_ranks);
+  // Each rank begins with itself, so that no rank is written by all at once.
+  Job job{(tasks.row() + uint32_t(mesh.rank)) % ranks,
+          tasks.row() / ranks,
+          tasks.part(),
+          tasks.has_one(),
+          -1,
+          1.0f};
+  tasks.next();
+  const uint64_t place = uint64_t(job.source) * regions.max_tokens + job.token;
+  if (job.is_task && lane_id() < mesh.num_topk)
+    job.row = record_entries(call.records + place * record_bytes(mesh.num_topk))[lane_id()].row;
+  return job;
+}
+
+__device__ void load_weight(const LatencyCombineCall& call, Job& job) {
+  if (job.row >= 0 && call.weights != nullptr) job.weight = call.weights[job.row];
+}
+
+// Role: the local rows of every token that came, local experts (and so rows) ascending.
 template <typename Sum>
 __device__ void send_partials(const Mesh& mesh, const LatencyRegions& regions,
                               const LatencyCombineCall& call, WarpMemory& own, uint64_t epoch) {
-  const int lane = lane_id();
-  const uint32_t words = mask_words(regions), ranks = uint32_t(mesh.num_ranks);
   const Flags flags = partial_flags(regions);
   Sum sum(own.is_last, own.weights);
-  PartTasks tasks(ranks * regions.max_tokens,
-                  (call.row_bytes + call.piece_bytes - 1) / call.piece_bytes);
-  for (; tasks.has_one(); tasks.next()) {
-    const uint32_t source = (tasks.row() + uint32_t(mesh.rank)) % ranks;
-    const uint32_t token = tasks.row() / ranks;
-    if ((call.masks[source * words + token / 32] >> token % 32 & 1) == 0) continue;
-    const uint8_t* record = call.records + (uint64_t(source) * regions.max_tokens + token) *
-                                               record_bytes(mesh.num_topk);
-    RecordEntry entry{-1, -1, 0.0f};
-    if (lane < mesh.num_topk) entry = record_entries(record)[lane];
-    float weight = 1.0f;
-    if (entry.row >= 0 && call.weights != nullptr) weight = call.weights[entry.row];
+  PartTasks tasks(uint32_t(mesh.num_ranks) * regions.max_tokens,
+                  (call.row_bytes + call.part_bytes - 1) / call.part_bytes);
+  Job job = make_job(mesh, regions, call, tasks);
+  load_weight(call, job);
+  Job next = make_job(mesh, regions, call, tasks);
+  while (job.is_task) {
+    const Job after = make_job(mesh, regions, call, tasks);
+    load_weight(call, next);
     int from = 0;
-    const int count = order_lanes(entry.row >= 0 ? entry.row : kNothing, &from);
-    const uint64_t row = uint64_t(uint32_t(__shfl_sync(0xffffffffu, entry.row, from)));
-    weight = __shfl_sync(0xffffffffu, weight, from);
-    const uint32_t begin = tasks.part() * call.piece_bytes;
-    sum_rows(begin, min(begin + call.piece_bytes, call.row_bytes), own, sum,
-             partial_slot(mesh, regions, int(source), epoch, mesh.rank, token),
-             reinterpret_cast<uint64_t>(call.y + row * call.row_bytes), weight, count);
-    own.announcer.add(Tellers::place(int(source), int(token * kMaxParts + tasks.part())),
-                      own.pipe.loaded);
-    own.announcer.tell(mesh, flags, uint32_t(epoch), own.pipe);
+    const int count = order_lanes(job.row >= 0 ? job.row : kNothing, &from);
+    if (count > 0) {
+      const uint64_t row = uint64_t(uint32_t(__shfl_sync(0xffffffffu, job.row, from)));
+      const float weight = __shfl_sync(0xffffffffu, job.weight, from);
+      const uint32_t begin = job.part * call.part_bytes;
+      sum_rows(begin, min(begin + call.part_bytes, call.row_bytes), own, sum,
+               partial_slot(mesh, regions, int(job.source), epoch, mesh.rank, job.token),
+               reinterpret_cast<uint64_t>(call.y + row * call.row_bytes), weight, count);
+      own.announcer.add(Tellers::place(int(job.source), int(job.token * kMaxParts + job.part)),
+                        own.pipe.loaded);
+      own.announcer.tell(mesh, flags, uint32_t(epoch), own.pipe);
+    }
+    job = next;
+    next = after;
   }
   own.pipe.drain(sum);
   own.announcer.tell_all(mesh, flags, uint32_t(epoch));
@@ -63,10 +90,10 @@ __device__ void add_up(const Mesh& mesh, const LatencyRegions& regions,
   const int lane = lane_id();
   const Flags flags = partial_flags(regions);
   Summer<T, false> sum(own.is_last, own.weights);
-  PartTasks tasks(call.num_tokens, (call.row_bytes + call.piece_bytes - 1) / call.piece_bytes);
+  PartTasks tasks(call.num_tokens, (call.row_bytes + call.part_bytes - 1) / call.part_bytes);
   for (; tasks.has_one(); tasks.next()) {
-    const uint32_t token = tasks.row(), begin = tasks.part() * call.piece_bytes;
-    const uint32_t end = min(begin + call.piece_bytes, call.row_bytes);
+    const uint32_t token = tasks.row(), begin = tasks.part() * call.part_bytes;
+    const uint32_t end = min(begin + call.part_bytes, call.row_bytes);
     int rank = -1;
     if (lane < mesh.num_topk) rank = call.owners[uint64_t(token) * mesh.num_topk + lane];
     const uint32_t same = __match_any_sync(0xffffffffu, rank >= 0 ? rank : -1 - lane);

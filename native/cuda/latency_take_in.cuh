@@ -110,17 +110,22 @@ __device__ inline bool find_places(const Mesh& mesh, const LatencyRegions& regio
     call.expert_offset[j] = places->is_void ? 0 : places->offset[j];
     if (j < per_rank) call.rows_per_expert[j] = places->is_void ? 0 : places->total[j];
   }
-  for (int i = int(threadIdx.x); i < ranks * int(words); i += int(blockDim.x))
-    call.masks[i] = places->is_void ? 0 : places->masks[i];
   return true;
 }
 
-// One part of a row that came: to all places of the row; with the first part the record to the
-// handle.
-__device__ inline void take_in_part(const Mesh& mesh, const LatencyRegions& regions,
-                                    const LatencyDispatchCall& call, const Places& places,
-                                    WarpMemory& own, uint64_t epoch, int source, uint32_t token,
-                                    uint32_t part) {
+// The record of a token in the handle: rows of this rank only. Without a row nothing came.
+__device__ inline void keep_record(const Mesh& mesh, const LatencyRegions& regions,
+                                   const LatencyDispatchCall& call, int source, uint32_t token,
+                                   const RecordEntry& entry) {
+  uint8_t* kept =
+      call.records + (uint64_t(source) * regions.max_tokens + token) * record_bytes(mesh.num_topk);
+  if (lane_id() < mesh.num_topk) record_entries(kept)[lane_id()] = entry;
+}
+
+// One row that came: to all its places, its record to the handle.
+__device__ inline void take_in_row(const Mesh& mesh, const LatencyRegions& regions,
+                                   const LatencyDispatchCall& call, const Places& places,
+                                   WarpMemory& own, uint64_t epoch, int source, uint32_t token) {
   const int lane = lane_id(), per_rank = mesh.experts_per_rank;
   const uint8_t* slot = row_slot(mesh, regions, mesh.rank, epoch, source, token);
   RecordEntry entry{-1, -1, 0.0f};
@@ -128,49 +133,48 @@ __device__ inline void take_in_part(const Mesh& mesh, const LatencyRegions& regi
   const int local = entry.expert - mesh.rank * per_rank;
   const bool is_here = entry.expert >= 0 && local >= 0 && local < per_rank;
   const uint32_t row = is_here ? places.first[source * per_rank + local] + uint32_t(entry.row) : 0;
-  const uint32_t piece_bytes = call.piece_bytes / (call.in_row_bytes / call.row_bytes);
-  const uint32_t begin = part * piece_bytes, bytes = min(piece_bytes, call.row_bytes - begin);
+  const uint8_t* to = call.rows + uint64_t(row) * call.row_bytes;
   NoTransform as_it_is;
-  own.pipe.make_room(as_it_is);
-  const uint8_t* to = call.rows + uint64_t(row) * call.row_bytes + begin;
-  own.pipe.put(slot + begin, bytes, is_here ? reinterpret_cast<uint64_t>(to) : 0);
-  if (call.num_scales != 0) {
-    const float* scales = reinterpret_cast<const float*>(slot + regions.scales_offset);
-    const uint32_t first = begin / kScaleBlock, count = bytes / kScaleBlock;
-    for (uint32_t lanes = __ballot_sync(0xffffffffu, is_here); lanes != 0; lanes &= lanes - 1) {
-      const uint64_t target = __shfl_sync(0xffffffffu, row, __ffs(int(lanes)) - 1);
-      for (uint32_t i = lane; i < count; i += 32)
-        call.scales[target * call.num_scales + first + i] = scales[first + i];
-    }
+  for (uint32_t begin = 0; begin < call.row_bytes; begin += call.piece_bytes) {
+    own.pipe.make_room(as_it_is);
+    own.pipe.put(slot + begin, min(call.piece_bytes, call.row_bytes - begin),
+                 is_here ? reinterpret_cast<uint64_t>(to + begin) : 0);
   }
-  if (part != 0) return;
+  const float* scales = reinterpret_cast<const float*>(slot + regions.scales_offset);
+  for (uint32_t lanes = call.num_scales ? __ballot_sync(0xffffffffu, is_here) : 0; lanes != 0;
+       lanes &= lanes - 1) {
+    const uint64_t target = __shfl_sync(0xffffffffu, row, __ffs(int(lanes)) - 1);
+    for (uint32_t i = lane; i < call.num_scales; i += 32)
+      call.scales[target * call.num_scales + i] = scales[i];
+  }
   if (is_here) call.weights[row] = entry.weight;
-  uint8_t* kept =
-      call.records + (uint64_t(source) * regions.max_tokens + token) * record_bytes(mesh.num_topk);
-  if (lane < mesh.num_topk)
-    record_entries(kept)[lane] =
-        RecordEntry{is_here ? entry.expert : -1, is_here ? int32_t(row) : -1, entry.weight};
+  keep_record(mesh, regions, call, source, token,
+              RecordEntry{is_here ? entry.expert : -1, is_here ? int32_t(row) : -1, entry.weight});
 }
 
-// Role: every row that comes, a warp per part.
+// Role: every row that comes, a warp per row.
 __device__ inline void take_in(const Mesh& mesh, const LatencyRegions& regions,
                                const LatencyDispatchCall& call, const Places& places,
                                WarpMemory& own, uint64_t epoch) {
   const uint32_t ranks = uint32_t(mesh.num_ranks);
+  const uint32_t parts = (call.in_row_bytes + call.piece_bytes - 1) / call.piece_bytes;
   const Flags flags = row_flags(regions);
-  PartTasks tasks(ranks * regions.max_tokens,
-                  (call.in_row_bytes + call.piece_bytes - 1) / call.piece_bytes);
-  for (; tasks.has_one(); tasks.next()) {
+  for (PartTasks tasks(ranks * regions.max_tokens, 1); tasks.has_one(); tasks.next()) {
     const int source = int(tasks.row() % ranks);
-    const uint32_t token = tasks.row() / ranks, number = token * kMaxParts;
-    if ((places.masks[uint32_t(source) * mask_words(regions) + token / 32] >> token % 32 & 1) == 0)
+    const uint32_t token = tasks.row() / ranks;
+    const uint32_t mask = places.masks[uint32_t(source) * mask_words(regions) + token / 32];
+    if ((mask >> token % 32 & 1) == 0) {
+      keep_record(mesh, regions, call, source, token, RecordEntry{-1, -1, 0.0f});
       continue;
-    // The record comes with the first part.
-    if (!wait_part(mesh, flags, source, number, uint32_t(epoch), kTakeIn)) break;
-    if (!wait_part(mesh, flags, source, number + tasks.part(), uint32_t(epoch), kTakeIn)) break;
+    }
+    bool has_come = true;
+    if (uint32_t(lane_id()) < parts)
+      has_come = wait_part(mesh, flags, source, token * kMaxParts + uint32_t(lane_id()),
+                           uint32_t(epoch), kTakeIn);
+    if (!__all_sync(0xffffffffu, has_come)) break;
     fence_async_global();  // what the acquire made visible, before the bulk loads
     __syncwarp();
-    take_in_part(mesh, regions, call, places, own, epoch, source, token, tasks.part());
+    take_in_row(mesh, regions, call, places, own, epoch, source, token);
   }
   NoTransform as_it_is;
   own.pipe.drain(as_it_is);

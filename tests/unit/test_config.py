@@ -99,8 +99,10 @@ CHANGED: dict[str, Any] = {
     "heartbeat_timeout_s": 5.0,
     "transport": "loopback",
     "decode_tokens": 128,
+    "num_sms": 8,
+    "num_local_sms": 64,
 }
-LOCAL: dict[str, Any] = {"num_threads": 2, "num_sms": 8, "num_local_sms": 64, "arena_bytes": 4096, "timeout_s": 1.0}
+LOCAL: dict[str, Any] = {"num_threads": 2, "arena_bytes": 4096, "timeout_s": 1.0}
 
 
 def test_every_field_is_either_shared_or_local() -> None:

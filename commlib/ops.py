@@ -22,13 +22,15 @@ import numpy as np
 import torch
 from torch.utils.checkpoint import CheckpointPolicy
 
+from commlib import routing
 from commlib.errors import ConfigError
 from commlib.handle import Dispatched, Handle
 from commlib.layout import Layout
 from commlib.quant import dequantize
+from commlib.routing import GateConfig, GateOutput
 from commlib.runtime import Runtime
 
-__all__ = ["LinkedHandle", "combine", "dispatch", "save_communication"]
+__all__ = ["LinkedHandle", "combine", "dispatch", "gate", "save_communication"]
 
 
 class LinkedHandle(Handle):
@@ -39,6 +41,28 @@ class LinkedHandle(Handle):
         # The graph behind `link` holds a plain Handle, never this object: no reference cycle, nothing leaks.
         self._ticket = ticket
         self._link = link
+
+
+def gate(
+    logits: torch.Tensor, config: GateConfig, bias: torch.Tensor | None = None, *, num_sms: int | None = None
+) -> GateOutput:
+    """`commlib.routing.gate`, on CUDA tensors as one kernel, with gradients.
+
+    Args:
+        logits: [T, E], any floating dtype; the kernel takes FP32 and BF16.
+        config: the gate.
+        bias: [E] or None.
+        num_sms: multiprocessors of the kernel; None = all.
+
+    Raises:
+        ConfigError: a tensor of another shape.
+    """
+    if logits.is_cuda and logits.dtype in (torch.float32, torch.bfloat16):
+        from commlib.cuda.gate import fits, fused_gate
+
+        if fits(config):
+            return fused_gate(logits, config, bias, num_sms=num_sms)
+    return routing.gate(logits, config, bias)
 
 
 def dispatch(

@@ -17,11 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from commlib import ops, routing
 from commlib.bootstrap import Bootstrap, connect
 from commlib.cli.push_limit import PushLimit
 from commlib.cli.routed_rows import RoutedRows
 from commlib.config import RuntimeConfig
 from commlib.cuda.operations import ArenaBytes
+from commlib.routing import GateConfig
 from commlib.runtime import Runtime
 
 __all__ = ["CudaBench", "run"]
@@ -74,6 +76,7 @@ class CudaBench:
                 self._dispatch(layout, fp8)
             self._combine("grouped", is_weighted=True)
             self._combine("rows", is_weighted=False)
+            self._gate()
             self._host_times()
             if self.arguments.decode_tokens:
                 self._latency()
@@ -113,6 +116,30 @@ class CudaBench:
 
         times = self._timed(call, lambda _, result: rows.check_combined(0, result.x, layout, is_weighted=is_weighted))
         self._report_rows("combine", times, 2, layout=layout, dtype="bf16", weighted=is_weighted)
+
+    def _gate(self) -> None:
+        """Fused against the composition of torch operations: sigmoid, bias, 4 of 8 groups, top-k, normalised."""
+        shape = self.shape
+        if shape.num_experts % 8 or shape.num_topk > shape.num_experts // 2:
+            return
+        config = GateConfig(
+            num_experts=shape.num_experts, num_topk=shape.num_topk, num_groups=8, max_groups=4, route_scale=2.5
+        )
+        generator = torch.Generator(device=self.device).manual_seed(1)
+        logits = torch.randn(shape.num_tokens, shape.num_experts, generator=generator, device=self.device)
+        bias = torch.randn(shape.num_experts, generator=generator, device=self.device) / 20
+        with torch.no_grad():
+            got = ops.gate(logits, config, bias)
+            assert torch.equal(got.topk_idx, routing.select_experts(got.scores, config, bias)), "gate"
+            for name, call in (("gate", ops.gate), ("gate of torch operations", routing.gate)):
+                graph: Any = torch.cuda.CUDAGraph()
+                self._align()
+                with torch.cuda.graph(graph):
+                    for _ in range(_CHAIN):
+                        call(logits, config, bias)
+                times = self._timed(partial(_replay, graph), None)
+                each = {key: round(value / _CHAIN, 1) for key, value in times.items()}
+                self._report(what=name, chain=_CHAIN, checked=True, **each)
 
     def _host_times(self) -> None:
         """Host clock: a call until its sizes are known and all is done; then calls that nobody waits for, several pairs

@@ -9,6 +9,7 @@ import torch
 from commlib.config import RuntimeConfig
 from commlib.cuda.compile import compile_unit, default_cache
 from commlib.cuda.driver import Kernel, load_kernels
+from commlib.cuda.gate import load_gate
 from commlib.cuda.launch import MAX_SHARED_BYTES
 from commlib.cuda.memory import Regions
 from commlib.cuda.params import WORKSPACE_BYTES, FaultNote, HostResult, Mesh, Workspace, sizeof
@@ -28,6 +29,7 @@ def load_executor_kernels(*, has_latency: bool) -> dict[str, Kernel]:
         "dispatch": {"dispatch": MAX_SHARED_BYTES},
         "combine": {"combine_bf16": MAX_SHARED_BYTES, "combine_f32": MAX_SHARED_BYTES},
     }
+    load_gate(torch.cuda.current_device())
     if has_latency:
         wanted |= {name: {name: MAX_SHARED_BYTES} for name in ("latency_dispatch", "latency_combine")}
     kernels: dict[str, Kernel] = {}

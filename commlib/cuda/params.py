@@ -19,6 +19,7 @@ __all__ = [
     "ExchangeCall",
     "ExchangeHeader",
     "FaultNote",
+    "GateCall",
     "HostResult",
     "Landing",
     "LatencyCombineCall",
@@ -296,6 +297,27 @@ class LatencyCombineCall(ctypes.Structure):
     ]
 
 
+class GateCall(ctypes.Structure):
+    _fields_ = [
+        *((name, _POINTER) for name in ("logits", "bias", "group_of_expert", "topk_idx", "topk_weights", "scores")),
+        *(
+            (name, c_uint32)
+            for name in (
+                "num_tokens",
+                "num_experts",
+                "num_topk",
+                "num_groups",
+                "max_groups",
+                "num_summed",
+                "dtype",
+                "is_softmax",
+                "normalize",
+            )
+        ),
+        ("route_scale", ctypes.c_float),
+    ]
+
+
 class PushLimitCall(ctypes.Structure):
     _fields_ = [
         ("rows", _POINTER),
@@ -314,6 +336,7 @@ _MIRRORS_OF = {
     "latency_dispatch": (LatencyRegions, LatencyMessage, LatencyDispatchCall),
     "latency_combine": (LatencyRegions, LatencyCombineCall),
     "push_limit": (PushLimitCall,),
+    "gate": (GateCall,),
 }
 
 

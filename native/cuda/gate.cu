@@ -34,45 +34,38 @@ __device__ __forceinline__ uint32_t key_of(float value) {
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-// What take() returns.
-struct Choice {
-  uint32_t expert;  // kNone: there was none left
-  float biased, score;
-};
+__device__ __forceinline__ float value_of(uint32_t key) {
+  if (key == 0xffffffffu) return __int_as_float(0x7fffffff);  // a NaN
+  return __uint_as_float(key & 0x80000000u ? key ^ 0x80000000u : ~key);
+}
 
-// Lane l holds experts l, l + 32, ...: what is left of them, the best first.
+// Lane l holds experts l, l + 32, ..., as keys: what is left of them, the best first.
 template <int kPerLane>
 struct Candidates {
-  uint32_t left;  // bit i: expert i * 32 + lane may be taken
-  uint32_t key;
-  Choice best;
+  uint32_t left;   // bit i: expert i * 32 + lane may be taken
+  uint32_t key;    // of the best; 0: none is left
+  uint32_t place;  // its i
 
-  __device__ __forceinline__ void find_best(const float (&biased)[kPerLane],
-                                            const float (&scores)[kPerLane]) {
-    key = 0, best.expert = kNone;
+  __device__ __forceinline__ void find_best(const uint32_t (&keys)[kPerLane]) {
+    key = 0, place = 0;
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
-      const uint32_t other = (left >> i & 1) ? key_of(biased[i]) : 0;
-      const bool is_better = other > key;
-      key = is_better ? other : key;
-      best.expert = is_better ? uint32_t(i) * 32 + uint32_t(lane_id()) : best.expert;
-      best.biased = is_better ? biased[i] : best.biased;
-      best.score = is_better ? scores[i] : best.score;
+      const bool is_better = (left >> i & 1) != 0 && keys[i] > key;
+      key = is_better ? keys[i] : key;
+      place = is_better ? uint32_t(i) : place;
     }
   }
-  // Takes the best of all lanes.
-  __device__ __forceinline__ Choice take(const float (&biased)[kPerLane],
-                                         const float (&scores)[kPerLane]) {
+  // Takes the best of all lanes and gives its key; 0 if there is none. `expert` is its number.
+  __device__ __forceinline__ uint32_t take(const uint32_t (&keys)[kPerLane], uint32_t* expert) {
     const uint32_t top = __reduce_max_sync(kAll, key);
-    Choice taken;
-    taken.expert = __reduce_min_sync(kAll, key == top ? best.expert : kNone);
-    taken.biased = __shfl_sync(kAll, best.biased, int(taken.expert % 32));
-    taken.score = __shfl_sync(kAll, best.score, int(taken.expert % 32));
-    if (taken.expert != kNone && best.expert == taken.expert) {
-      left &= ~(1u << taken.expert / 32);
-      find_best(biased, scores);
+    if (top == 0) return 0;
+    const uint32_t mine = key == top ? place * 32 + uint32_t(lane_id()) : kNone;
+    *expert = __reduce_min_sync(kAll, mine);
+    if (mine == *expert) {
+      left &= ~(1u << place);
+      find_best(keys);
     }
-    return taken;
+    return top;
   }
 };
 
@@ -109,7 +102,7 @@ __device__ __forceinline__ void load_scores(const GateCall& call, uint32_t token
 // The experts of the groups whose best experts have the largest sums. Lane g holds group g.
 template <int kPerLane>
 __device__ __forceinline__ uint32_t experts_of_best_groups(const GateCall& call,
-                                                           const float (&biased)[kPerLane]) {
+                                                           const uint32_t (&keys)[kPerLane]) {
   int32_t group[kPerLane];
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
@@ -122,12 +115,13 @@ __device__ __forceinline__ uint32_t experts_of_best_groups(const GateCall& call,
     members.left = 0;
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) members.left |= uint32_t(group[i] == g) << i;
-    members.find_best(biased, biased);
+    members.find_best(keys);
     float total = 0.0f;
     for (uint32_t n = 0; n < call.num_summed; ++n) {
-      const Choice taken = members.take(biased, biased);
-      if (taken.expert == kNone) break;
-      total += taken.biased;
+      uint32_t expert;
+      const uint32_t top = members.take(keys, &expert);
+      if (top == 0) break;
+      total += value_of(top);
     }
     if (lane_id() == g) sum = total;
   }
@@ -149,7 +143,8 @@ template <int kPerLane>
 __device__ __forceinline__ void route_token(const GateCall& call, uint32_t token,
                                             const float (&bias)[kPerLane]) {
   const int lane = lane_id();
-  float scores[kPerLane], biased[kPerLane];
+  float scores[kPerLane];
+  uint32_t keys[kPerLane];
   load_scores(call, token, scores);
   Candidates<kPerLane> candidates;
   candidates.left = 0;
@@ -157,18 +152,26 @@ __device__ __forceinline__ void route_token(const GateCall& call, uint32_t token
   for (int i = 0; i < kPerLane; ++i) {
     const uint32_t expert = uint32_t(i) * 32 + uint32_t(lane);
     const bool is_there = expert < call.num_experts;
-    biased[i] = call.bias == nullptr ? scores[i] : scores[i] + bias[i];
+    keys[i] = key_of(call.bias == nullptr ? scores[i] : scores[i] + bias[i]);
     candidates.left |= uint32_t(is_there) << i;
     if (is_there && call.scores != nullptr)
       call.scores[uint64_t(token) * call.num_experts + expert] = scores[i];
   }
-  if (call.max_groups != 0) candidates.left &= experts_of_best_groups(call, biased);
-  candidates.find_best(biased, scores);
+  if (call.max_groups != 0) candidates.left &= experts_of_best_groups(call, keys);
+  candidates.find_best(keys);
   uint32_t own = kNone;  // the lane's choice: that of its number
   float weight = 0.0f;
   for (uint32_t k = 0; k < call.num_topk; ++k) {
-    const Choice taken = candidates.take(biased, scores);
-    if (uint32_t(lane) == k) own = taken.expert, weight = taken.score;
+    uint32_t expert;
+    candidates.take(keys, &expert);
+    if (uint32_t(lane) == k) own = expert;
+  }
+  // Each lane asks the one that holds its choice.
+  const uint32_t wanted = uint32_t(lane) < call.num_topk ? own : 0;
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    const float score = __shfl_sync(kAll, scores[i], int(wanted % 32));
+    if (wanted / 32 == uint32_t(i) && uint32_t(lane) < call.num_topk) weight = score;
   }
   if (call.normalize != 0) {
     float total = weight;

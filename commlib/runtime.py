@@ -109,8 +109,8 @@ class Runtime:
             fp8: cast rows to E4M3 on the way: "fp32" (1x128 scales amax / 448) or "pow2" (rounded up to powers of two).
             capacity: GPU only: rows of the result, equal on all ranks. The host then never waits for sizes, so that
                 the call may be captured in a CUDA graph. Rows and counts that matter are on the device; if a rank needs
-                more rows, nothing moves, all counts are 0, combine gives NaN and `overflowed` says so.
-
+                more rows, nothing moves, all counts are 0, combine gives NaN and `overflowed` says so. A replay is one
+                more operation in the order of all: on the stream of the eager calls, not between halves.
             regime: "throughput", or, for at most `decode_tokens` tokens per rank on GPUs, "latency": one hop without an
                 exchange before it, BF16 rows or `fp8`, layout "grouped", `capacity` as above (None: enough for every
                 choice). At most two such dispatches may be without their second half.
@@ -191,7 +191,8 @@ class Runtime:
         self._executor.barrier()
 
     def check(self) -> None:
-        """Raises what went wrong since the last call, without waiting: calls with `capacity` raise nothing themselves.
+        """Raises what went wrong since the last call, without waiting. Only this and `close` raise the refusal of a
+        call with `capacity`: nobody waits for its verdict.
 
         Raises:
             ConfigError: an operation was refused, see `dispatch`.

@@ -13,7 +13,6 @@ from commlib.cuda.memory import ALIGNMENT
 from commlib.cuda.operations import CudaHandle, KernelCall, PendingOp
 from commlib.cuda.params import CallWords, ExchangeCall
 from commlib.cuda.params import CombineCall as CombineParams
-from commlib.errors import ConfigError
 from commlib.executor import CombineCall
 from commlib.layout import align_up
 
@@ -75,7 +74,7 @@ class CombineOps:
         queue.prepare()
         try:
             pending = self._make(call)
-        except ConfigError as error:
+        except Exception as error:  # also what nobody foresaw: raised here, it would strand the other ranks
             rejected: PendingOp = queue.reject("combine", error, is_split=is_split)
             return rejected
         pending.is_split = is_split
@@ -87,6 +86,7 @@ class CombineOps:
     def _make(self, call: CombineCall) -> PendingOp:
         queue, hidden, topk = self._queue, self._queue.config.hidden, self._queue.config.num_topk
         native: CudaHandle = check_handle(call.handle, queue.runtime_id)
+        queue.use_handle(native)
         device, rows, weights, grads = queue.device, native.num_rows, call.weights, call.weight_grads
         y = check_tensor(call.y, "y", device, _PAYLOADS, (("num_rows", rows), ("hidden", hidden)))
         if weights is not None:
@@ -114,7 +114,7 @@ class CombineOps:
         pending = PendingOp("combine", queue.runtime_id, exchange)
         pending.is_lazy, pending.data = native.capacity != 0, template.kernel
         pending.grant_bytes = self._landing_bytes(native, template.slot_bytes)
-        pending.inputs, pending.out, pending.out_weight_grads = (y, weights, grads, call.handle), out, out_grads
+        pending.inputs, pending.out, pending.out_weight_grads = (y, weights, grads, None, call.handle), out, out_grads
         return pending
 
     def _landing_bytes(self, native: CudaHandle, slot_bytes: int) -> int:

@@ -143,7 +143,7 @@ class DispatchOps:
         queue.prepare()
         try:
             pending, shape = self._make(call)
-        except (ConfigError, CapacityError) as error:
+        except Exception as error:  # also what nobody foresaw: raised here, it would strand the other ranks
             kind = "dispatch" if call.handle is None else "cached_dispatch"
             rejected: PendingOp = queue.reject(kind, error, is_split=is_split)
             return rejected
@@ -191,6 +191,7 @@ class DispatchOps:
             if call.topk_idx is not None or call.topk_weights is not None or call.capacity is not None:
                 raise ConfigError("dispatch by handle takes no topk_idx, no topk_weights and no capacity")
             assert native is not None
+            queue.use_handle(native)
             layout, alignment, capacity = native.layout, native.alignment, native.capacity
         else:
             layout, alignment, capacity = self._check_options(call)
@@ -218,12 +219,14 @@ class DispatchOps:
         pending = PendingOp("dispatch" if shape.is_fresh else "cached_dispatch", queue.runtime_id, exchange)
         pending.shape, pending.handle, pending.public_handle = shape, native, handle
         pending.is_lazy, pending.data = capacity != 0, template.kernel
-        pending.inputs = (x, scales, topk_idx, topk_weights)
+        pending.inputs = (x, scales, topk_idx, topk_weights, handle)
         pending.grant_bytes = self._needed_bytes(shape, template, native)
         return pending, shape
 
     def _check_options(self, call: DispatchCall) -> tuple[str, int, int]:
         config, layout = self._queue.config, call.layout
+        if call.regime != "throughput":
+            raise ConfigError(f'regime={call.regime!r} is not "throughput" or "latency"')
         alignment = config.expert_alignment if call.expert_alignment is None else call.expert_alignment
         if not isinstance(alignment, int) or not 1 <= alignment < 2**31:
             raise ConfigError(f"expert_alignment={alignment!r} is not an integer in 1..2^31-1")
@@ -270,7 +273,7 @@ class DispatchOps:
             setattr(tables, name, first + 4 * place)
         handle = CudaHandle(
             shape.layout, shape.alignment, shape.num_tokens, shape.capacity, tables, words,
-            first + 4 * template.routes_place,
+            first + 4 * template.routes_place, self._queue.current_stream(),
         )  # fmt: skip
         if shape.capacity:
             handle.num_rows = shape.capacity

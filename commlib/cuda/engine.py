@@ -6,21 +6,36 @@ waits if the caller wants to know sizes.
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
-from commlib.cuda.calls import check_handle
 from commlib.cuda.combining import CombineOps
 from commlib.cuda.dispatching import DispatchOps
 from commlib.cuda.latency import LatencyHandle, LatencyOps, PendingLatency
 from commlib.cuda.operations import PendingOp
 from commlib.cuda.queue import OpQueue
-from commlib.errors import ConfigError
 from commlib.executor import CombineCall, DispatchCall
 from commlib.handle import Combined, Dispatched, Handle
 
 __all__ = ["CudaEngine"]
+
+_T = TypeVar("_T")
+
+
+def _on_device(method: Callable[..., _T]) -> Callable[..., _T]:
+    """The engine's device is the current one inside, on whatever thread and device the caller is."""
+
+    @functools.wraps(method)
+    def call(self: CudaEngine, argument: Any) -> _T:
+        if torch.cuda.current_device() == self.device.index:
+            return method(self, argument)
+        with torch.cuda.device(self.device):
+            return method(self, argument)
+
+    return call
 
 
 class CudaEngine(OpQueue):
@@ -46,16 +61,19 @@ class CudaEngine(OpQueue):
         super().__init__(*arguments, **options)
         self._dispatches, self._combines, self._latency = DispatchOps(self), CombineOps(self), LatencyOps(self)
 
+    @_on_device
     def dispatch(self, call: DispatchCall) -> Dispatched:
-        if _is_latency(call):
+        if call.regime == "latency":
             return self._latency.dispatch(call)
         return self.dispatch_recv(self._dispatches.issue(call, is_split=False))
 
+    @_on_device
     def dispatch_send(self, call: DispatchCall) -> PendingOp | PendingLatency:
-        if _is_latency(call):
+        if call.regime == "latency":
             return self._latency.dispatch_send(call)
         return self._dispatches.issue(call, is_split=True)
 
+    @_on_device
     def dispatch_recv(self, pending: Any) -> Dispatched:
         if isinstance(pending, PendingLatency):
             result: Dispatched = self._latency.receive(pending, "latency dispatch")
@@ -63,16 +81,19 @@ class CudaEngine(OpQueue):
         self.finish(pending, ("dispatch", "cached_dispatch"))
         return self._dispatches.result(pending)
 
+    @_on_device
     def combine(self, call: CombineCall) -> Combined:
-        if self._is_latency_handle(call.handle):
+        if _is_latency_handle(call.handle):
             return self._latency.combine(call)
         return self.combine_recv(self._combines.issue(call, is_split=False))
 
+    @_on_device
     def combine_send(self, call: CombineCall) -> PendingOp | PendingLatency:
-        if self._is_latency_handle(call.handle):
+        if _is_latency_handle(call.handle):
             return self._latency.combine_send(call)
         return self._combines.issue(call, is_split=True)
 
+    @_on_device
     def combine_recv(self, pending: Any) -> Combined:
         if isinstance(pending, PendingLatency):
             result: Combined = self._latency.receive(pending, "latency combine")
@@ -93,11 +114,6 @@ class CudaEngine(OpQueue):
         """int32 [1] on the device, not 0 once a dispatch has overflowed its capacity."""
         return self.buffers.overflowed()
 
-    def _is_latency_handle(self, handle: Any) -> bool:
-        return isinstance(handle, Handle) and isinstance(check_handle(handle, self.runtime_id), LatencyHandle)
 
-
-def _is_latency(call: DispatchCall) -> bool:
-    if call.regime not in ("throughput", "latency"):
-        raise ConfigError(f'regime={call.regime!r} is not "throughput" or "latency"')
-    return call.regime == "latency"
+def _is_latency_handle(handle: Any) -> bool:
+    return isinstance(handle, Handle) and isinstance(handle._native, LatencyHandle)

@@ -12,7 +12,7 @@ import numpy as np
 
 from commlib.bootstrap import Bootstrap
 from commlib.bootstrap.agreement import allgather_or_raise
-from commlib.errors import CommTimeout, TransportError
+from commlib.errors import CommTimeout, PeerLostError, TransportError
 
 __all__ = ["HostPage"]
 
@@ -87,6 +87,7 @@ class HostPage:
 
         Raises:
             CommTimeout: a rank still does.
+            PeerLostError: a rank that still does has ended.
         """
         limit = time.monotonic() + timeout_s
         while (behind := np.flatnonzero(self._words[:, 0] < count)).size:
@@ -96,6 +97,11 @@ class HostPage:
                     f"rank {self.rank} waited {timeout_s:g} s for rank {peer} to unmap its memory",
                     rank=self.rank, peer=peer, channel=f"{peer} -> {self.rank}", phase="unmap", tag=count,
                     expected=count, seen=int(self._words[peer, 0]),
+                )  # fmt: skip
+            if (lost := self.lost_peer()) is not None and lost in behind:
+                raise PeerLostError(
+                    f"rank {lost} is lost: its process has ended", rank=self.rank, peer=lost,
+                    channel=f"{lost} -> {self.rank}", phase="unmap",
                 )  # fmt: skip
             time.sleep(0.0002)
 

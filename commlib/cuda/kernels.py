@@ -64,6 +64,10 @@ class Buffers:
         self.board = FaultNote.from_address(self.board_address)
         self.refused = HostResult.from_address(self.refused_address)
         self._fault = torch.zeros(sizeof(FaultNote) + 8, dtype=torch.uint8, pin_memory=True)
+        # Of its own: one of torch's could be queued behind the very kernel that waits.
+        import cupy
+
+        self._fault_stream = cupy.cuda.Stream(non_blocking=True)
         torch.cuda.current_stream().synchronize()
 
     def result_address(self, ticket: int) -> int:
@@ -75,23 +79,21 @@ class Buffers:
         first = Workspace.overflowed.offset
         return self.workspace[first : first + 4].view(torch.int32)
 
-    def raise_fault(self, control: int, regions: Regions, rank: int, peer: int) -> None:
-        """Ends the waits of this rank's kernels: `peer` is lost."""
+    def raise_fault(self, controls: list[int], regions: Regions, rank: int, peer: int) -> None:
+        """Ends the waits of the kernels of those ranks whose control regions are given: `peer` is lost."""
         import cupy
 
         note = FaultNote.from_address(self._fault.data_ptr())
         note.kind, note.rank, note.peer = _PEER_LOST, rank, peer
         self._fault[sizeof(FaultNote) :].view(torch.int64)[0] = rank + 1
-        stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        to_device = cupy.cuda.runtime.memcpyHostToDevice
-        target = control + regions.offsets["fault_note"] + rank * sizeof(FaultNote)
-        source = self._fault.data_ptr()
-        for to, start, size in (
-            (target, source, sizeof(FaultNote)),
-            (control + regions.offsets["fault_word"], source + sizeof(FaultNote), 8),
-        ):
-            cupy.cuda.runtime.memcpyAsync(to, start, size, to_device, stream.cuda_stream)
-        stream.synchronize()
+        runtime, source = cupy.cuda.runtime, self._fault.data_ptr()
+        for control in controls:
+            for to, start, size in (
+                (regions.offsets["fault_note"] + rank * sizeof(FaultNote), source, sizeof(FaultNote)),
+                (regions.offsets["fault_word"], source + sizeof(FaultNote), 8),
+            ):
+                runtime.memcpyAsync(control + to, start, size, runtime.memcpyHostToDevice, self._fault_stream.ptr)
+        self._fault_stream.synchronize()
 
 
 def make_mesh(config: RuntimeConfig, rank: int, num_ranks: int, regions: Regions, buffers: Buffers) -> Mesh:

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import zlib
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from commlib.config import RuntimeConfig
-from commlib.cuda.calls import CASTS, DTYPES, ELEMENT_BYTES, check_capacity, check_routing, check_rows, check_tensor
+from commlib.cuda.calls import (
+    CASTS,
+    DTYPES,
+    ELEMENT_BYTES,
+    check_capacity,
+    check_handle,
+    check_routing,
+    check_rows,
+    check_tensor,
+)
 from commlib.cuda.launch import LATENCY_WARPS, MAX_SHARED_BYTES, plan_latency
 from commlib.cuda.operations import KernelCall
 from commlib.cuda.params import LatencyCombineCall, LatencyDispatchCall
@@ -49,6 +59,7 @@ class PendingLatency:
     shared_bytes: int
     result: Any
     inputs: tuple[Any, ...] = field(default=())
+    is_refused: bool = False
 
 
 class LatencyOps:
@@ -58,13 +69,14 @@ class LatencyOps:
         self._queue = queue
         self._max_tokens: int = queue.config.decode_tokens or 0
         self._regions = queue.arena.regions.latency() if self._max_tokens else None
-        self._unfinished = {"latency dispatch": 0, "latency combine": 0}
+        # The device takes in the oldest operation, so the host must, too.
+        self._unfinished: dict[str, deque[PendingLatency]] = {"latency dispatch": deque(), "latency combine": deque()}
 
     # ---- dispatch
 
     def dispatch_send(self, call: DispatchCall) -> PendingLatency:
         pending = self._dispatch(call, _SEND)
-        self._unfinished[pending.kind] += 1
+        self._unfinished[pending.kind].append(pending)
         return pending
 
     def dispatch(self, call: DispatchCall) -> Dispatched:
@@ -76,10 +88,10 @@ class LatencyOps:
         queue.check_usable()
         if self._regions is None:
             raise ConfigError('regime="latency" needs a RuntimeConfig with decode_tokens')
-        self._check_unfinished("latency dispatch")
+        self._check_unfinished("latency dispatch", phases)
         try:
             pending = self._dispatch_op(call)
-        except ConfigError:
+        except Exception:
             self._refuse(phases)
             raise
         self._launch(pending, phases)
@@ -147,7 +159,9 @@ class LatencyOps:
         )
 
     def _refuse(self, phases: int) -> None:
-        """The others are told that this rank's input is bad: nothing moves."""
+        """The others are told that this rank's input is bad: nothing moves. In a capture nobody is told."""
+        if torch.cuda.is_current_stream_capturing():
+            return
         queue, config = self._queue, self._queue.config
         handle = self._new_handle(0, 1)
         nothing = torch.empty(0, config.hidden, dtype=torch.bfloat16, device=queue.device)
@@ -156,11 +170,15 @@ class LatencyOps:
         params = self._dispatch_params(nothing, choices, None, handle, row, None, torch.empty_like(handle.state))
         launch, _ = plan_latency(params.in_row_bytes)
         params.status, params.alignment, params.dtype = _REJECTED, 1, 1
+        params.refused = 0  # it raises here
         params.piece_bytes, params.shared_offset = launch.piece_bytes, launch.shared_bytes
         shared_bytes = launch.shared_bytes + self._block_bytes()
-        # Both halves: this rank's caller gets no pending operation whose second half it could ask for.
         pending = PendingLatency("latency dispatch", queue.runtime_id, params, shared_bytes, (row, handle))
-        self._launch(pending, _SEND | _RECEIVE)
+        self._launch(pending, phases)
+        if phases == _SEND:
+            # The caller gets no operation whose second half it could ask for: it is done before the next one.
+            self._unfinished[pending.kind].append(pending)
+            pending.is_refused = True
 
     def _new_handle(self, num_tokens: int, capacity: int) -> LatencyHandle:
         queue, config = self._queue, self._queue.config
@@ -189,7 +207,7 @@ class LatencyOps:
 
     def combine_send(self, call: CombineCall) -> PendingLatency:
         pending = self._combine(call, _SEND)
-        self._unfinished[pending.kind] += 1
+        self._unfinished[pending.kind].append(pending)
         return pending
 
     def combine(self, call: CombineCall) -> Combined:
@@ -199,15 +217,15 @@ class LatencyOps:
     def _combine(self, call: CombineCall, phases: int) -> PendingLatency:
         queue, config = self._queue, self._queue.config
         queue.check_usable()
-        self._check_unfinished("latency combine")
-        native: LatencyHandle = call.handle._native
-        dims = (("capacity", native.num_rows), ("hidden", config.hidden))
-        y = check_tensor(call.y, "y", queue.device, (torch.bfloat16,), dims)
-        weights = call.weights
-        if weights is not None:
-            weights = check_tensor(weights, "weights", queue.device, (torch.float32,), dims[:1])
-        if call.weight_grads is not None:
-            raise ConfigError("the latency regime has no gradients")
+        self._check_unfinished("latency combine", phases)
+        native: LatencyHandle = check_handle(call.handle, queue.runtime_id)
+        error: ConfigError | None = None
+        try:
+            y, weights = self._check_combine(call, native)
+        except ConfigError as caught:
+            # The others wait for this rank's rows: they get NaN, and this rank's caller the error.
+            error, weights = caught, None
+            y = torch.full((native.num_rows, config.hidden), torch.nan, dtype=torch.bfloat16, device=queue.device)
         out = torch.empty(native.num_tokens, config.hidden, dtype=torch.bfloat16, device=queue.device)
         _, launch = plan_latency(2 * config.hidden)
         params = LatencyCombineCall(
@@ -225,7 +243,23 @@ class LatencyOps:
         result, inputs = Combined(out, None), (y, weights, call.handle)
         pending = PendingLatency("latency combine", queue.runtime_id, params, launch.shared_bytes, result, inputs)
         self._launch(pending, phases)
+        if error is not None:
+            if phases == _SEND:
+                self._unfinished[pending.kind].append(pending)
+                pending.is_refused = True
+            raise error
         return pending
+
+    def _check_combine(self, call: CombineCall, native: LatencyHandle) -> tuple[Any, Any]:
+        queue = self._queue
+        dims = (("capacity", native.num_rows), ("hidden", queue.config.hidden))
+        y = check_tensor(call.y, "y", queue.device, (torch.bfloat16,), dims)
+        weights = call.weights
+        if weights is not None:
+            weights = check_tensor(weights, "weights", queue.device, (torch.float32,), dims[:1])
+        if call.weight_grads is not None:
+            raise ConfigError("the latency regime has no gradients")
+        return y, weights
 
     def _part_bytes(self, piece_bytes: int) -> int:
         """As many parts of a row as keep all warps busy; fewer, longer ones spend less on finding out where to go.
@@ -241,17 +275,29 @@ class LatencyOps:
     # ---- both
 
     def receive(self, pending: PendingLatency, kind: str) -> Any:
-        """The second half of either."""
+        """The second half of either, in the order of the first halves."""
+        self._queue.check_usable()
         if pending.kind != kind or pending.runtime_id != self._queue.runtime_id:
             raise ConfigError(f"the operation is a {pending.kind}, not a {kind} of this Runtime")
-        if self._unfinished[kind] == 0:
-            raise ConfigError(f"the {kind} has been received already")
-        self._unfinished[kind] -= 1
+        unfinished = self._unfinished[kind]
+        self._finish_refused(kind)
+        if not unfinished or unfinished[0] is not pending:
+            raise ConfigError(f"the {kind} has been received already, or one that was sent before it has not")
+        unfinished.popleft()
         self._launch(pending, _RECEIVE)
         return pending.result
 
-    def _check_unfinished(self, kind: str) -> None:
-        if self._unfinished[kind] >= _MAX_UNFINISHED:
+    def _finish_refused(self, kind: str) -> None:
+        unfinished = self._unfinished[kind]
+        while unfinished and unfinished[0].is_refused:
+            self._launch(unfinished.popleft(), _RECEIVE)
+
+    def _check_unfinished(self, kind: str, phases: int) -> None:
+        self._finish_refused(kind)
+        unfinished = self._unfinished[kind]
+        if phases & _RECEIVE and unfinished:
+            raise ConfigError(f"a {kind} is without its second half; receive it before a whole call")
+        if len(unfinished) >= _MAX_UNFINISHED:
             raise ConfigError(f"{_MAX_UNFINISHED} {kind} operations are without their second half; receive one first")
 
     def _check_shared(self, shared_bytes: int) -> int:

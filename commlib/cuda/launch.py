@@ -50,9 +50,9 @@ class Tuning:
     final_warps: int = 3
 
 
-def _table_bytes(lanes: int) -> int:
-    """RowPipe::kTableBytes and Announcer::kBytes in native/cuda/bulk.cuh."""
-    return align_up(STAGES * (lanes * 8 + 8 + 4), 16) + 8 * (lanes * 4 + 4)
+def _table_bytes(lanes: int, rows: int) -> int:
+    """RowPipe::kTableBytes and Announcer::kBytes in native/cuda/bulk.cuh; `rows` is its kRows."""
+    return align_up(STAGES * (lanes * 8 + 8 + 4), 16) + rows * (lanes * 4 + 4)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,7 @@ def plan_dispatch(in_row_bytes: int, tuning: Tuning, *, cast_element_bytes: int 
     unit = SCALE_BLOCK * cast_element_bytes if cast_element_bytes else min(_GOOD_UNIT, align_up(in_row_bytes, 16))
     for piece in _pieces(in_row_bytes, unit, in_row_bytes + unit):
         cast = STAGES * 32 * 8 + align_up(piece // 64, 16) if cast_element_bytes else 0
-        of_warp = align_up(STAGES * piece + _table_bytes(32) + cast, _WARP_ALIGNMENT)
+        of_warp = align_up(STAGES * piece + _table_bytes(32, 8) + cast, _WARP_ALIGNMENT)
         shared_bytes = tuning.dispatch_warps * of_warp
         if shared_bytes <= MAX_SHARED_BYTES:
             return Launch(warps=tuning.dispatch_warps, piece_bytes=piece, shared_bytes=shared_bytes)
@@ -104,7 +104,7 @@ def plan_dispatch(in_row_bytes: int, tuning: Tuning, *, cast_element_bytes: int 
 def plan_combine(row_bytes: int, tuning: Tuning) -> Launch:
     """The largest pieces that fit; raises like `plan_dispatch`."""
     for piece in _pieces(row_bytes, min(_GOOD_UNIT, align_up(row_bytes, 16)), _MAX_COMBINE_PIECE):
-        of_warp = align_up(STAGES * piece + _table_bytes(1) + STAGES * 8, _WARP_ALIGNMENT)
+        of_warp = align_up(STAGES * piece + _table_bytes(1, 16) + STAGES * 8, _WARP_ALIGNMENT)
         shared_bytes = tuning.combine_warps * of_warp
         if shared_bytes <= MAX_SHARED_BYTES:
             return Launch(warps=tuning.combine_warps, piece_bytes=piece, shared_bytes=shared_bytes)
@@ -149,4 +149,4 @@ def settle_bytes(num_experts: int, num_ranks: int, count_blocks: int, warps: int
 
 def push_limit_bytes(warps: int, piece_bytes: int) -> int:
     """Dynamic shared memory of the push_limit kernel."""
-    return warps * align_up(STAGES * piece_bytes + _table_bytes(1), _WARP_ALIGNMENT)
+    return warps * align_up(STAGES * piece_bytes + _table_bytes(1, 0), _WARP_ALIGNMENT)

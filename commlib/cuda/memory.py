@@ -355,10 +355,13 @@ class Arena:
             own: this rank's new heap, if it has one; results in the old one stay valid.
             handles: per rank, of its new heap; empty if it keeps the old one.
         """
+        old = list(self.heap_base)
         for rank, handle in enumerate(handles):
             if handle and rank != self.rank:
-                unmap_peer(self.heap_base[rank])
                 self.heap_base[rank] = map_peer(rank, handle)
+        for before, now in zip(old, self.heap_base, strict=True):
+            if before != now:
+                unmap_peer(before)
         self._num_retired += 1
         self.page.retire(self._num_retired)
         self.page.wait_retired(self._num_retired, self._timeout_s)
@@ -374,15 +377,14 @@ class Arena:
         return self._control.num_bytes + self._segment.num_bytes
 
     def close(self, *, is_quiet: bool) -> None:
-        """Unmaps and frees. `is_quiet`: all ranks come and nobody writes any more; otherwise a peer may still write, so
-        the own memory stays allocated."""
+        """Unmaps and frees. `is_quiet`: all ranks come and nobody writes any more; otherwise everything stays."""
+        if not is_quiet:  # own kernels, too, may still write to peers
+            _logger.warning("rank %d keeps %s mapped: kernels may still write there", self.rank, self.num_bytes)
+            return
         for rank in range(len(self.base)):
             if rank != self.rank:
                 unmap_peer(self.base[rank])
                 unmap_peer(self.heap_base[rank])
-        if not is_quiet:
-            _logger.warning("rank %d keeps %s allocated: a peer may still write there", self.rank, self.num_bytes)
-            return
         self._num_retired += 1
         self.page.retire(self._num_retired)
         self.page.wait_retired(self._num_retired, self._timeout_s)

@@ -28,6 +28,7 @@ class CudaHandle:
     tables: Tables
     memory: Any  # what `tables` and `routes_address` point into
     routes_address: int
+    stream: int  # that `memory` was allocated on
     epoch: int = 0
     num_rows: int = 0
     records: Slab | None = None
@@ -74,6 +75,7 @@ class PendingOp:
     is_lazy: bool = False
     is_split: bool = False
     stream: Any = None
+    issue_stream: Any = None
     done: Any = None
     ticket: int = 0
     inputs: tuple[Any, ...] = ()

@@ -11,16 +11,17 @@ import torch
 
 from commlib.bootstrap import Bootstrap
 from commlib.config import RuntimeConfig
-from commlib.cuda.calls import KINDS, fault_error, peer_lost_error, refusal
+from commlib.cuda.calls import KINDS, refusal
 from commlib.cuda.driver import Event
 from commlib.cuda.host_page import HostPage
 from commlib.cuda.kernels import EXCHANGE_THREADS, Buffers, load_executor_kernels, make_mesh
 from commlib.cuda.landing import dispatch_landing
 from commlib.cuda.launch import Tuning, settle_bytes
 from commlib.cuda.memory import Arena, Regions, Segment, Slab, default_heap_bytes
-from commlib.cuda.operations import KernelCall, PendingOp
+from commlib.cuda.operations import CudaHandle, KernelCall, PendingOp
 from commlib.cuda.params import MAX_RANKS, MAX_TOPK, TEXT_BYTES, CallWords, ExchangeCall, HostResult, sizeof
-from commlib.errors import CapacityError, CommTimeout, ConfigError
+from commlib.cuda.watch import Watch
+from commlib.errors import CapacityError, CommError, ConfigError
 from commlib.layout import align_up
 from commlib.memory import MemoryReport
 from commlib.topology import Topology
@@ -51,14 +52,15 @@ class OpQueue:
         self.num_sms, self.num_local_sms = config.num_sms, config.num_local_sms or config.num_sms
         with torch.cuda.device(device):
             self.device = torch.device("cuda", torch.cuda.current_device())
+        _check_multiprocessors(self.num_local_sms, self.device)
         self._id = runtime_id
         self._ticket = 0  # of the newest operation; the same on all ranks
         self._unsettled: list[PendingOp] = []
         self._not_received: list[PendingOp] = []  # split: kernels read the inputs even if the caller drops everything
-        self._captured: list[Slab] = []  # graphs write there whenever they are replayed
+        self._captured: list[Any] = []  # slabs and handles that graphs use whenever they are replayed
         self.tuning = tuning or Tuning()
         self.marks: list[tuple[str, Any, Any]] | None = None  # of each kernel, for measurements: name, start, end
-        self._is_closed = self._is_faulty = False
+        self._is_closed = False
         self._experts_per_rank = config.num_experts // boot.size
         with torch.cuda.device(self.device):
             torch.cuda.current_stream().synchronize()  # makes the context
@@ -70,6 +72,7 @@ class OpQueue:
             self.arena = Arena(boot, self._page, regions, heap_bytes, connect_timeout_s)
             self._stream: Any = torch.cuda.Stream(priority=-1)  # type: ignore[no-untyped-call]
             self.buffers = Buffers(config, boot.size, max(self.num_sms, self.num_local_sms), self.device)
+        self._watch = Watch(boot.rank, boot.size, config, self._page, self.arena, self.buffers)
         self.mesh = make_mesh(config, boot.rank, boot.size, regions, self.buffers)
         self.mesh.base[: boot.size] = self.arena.base
         self.mesh.heap[: boot.size] = self.arena.heap_base
@@ -81,7 +84,7 @@ class OpQueue:
     # ---- issuing
 
     def prepare(self) -> None:
-        """Before an operation takes memory: what came before is known to have succeeded."""
+        """Before an operation takes memory: what came of those before is known."""
         self.check_usable()
         # Sizes must be known before memory is granted anew, and ranks must find out in the same order.
         for pending in list(self._unsettled):
@@ -96,36 +99,38 @@ class OpQueue:
         pending.stream = stream
         self._launch_op(pending)
         if is_capturing:
-            if pending.grant is not None:
-                self._captured.append(pending.grant)
+            self._captured += [pending.grant, pending.handle, *pending.inputs[4:]]
         else:
             self._last_event.record(stream)
             self._last_stream = stream
             if not pending.is_lazy:
                 self._unsettled.append(pending)
         if pending.is_split:
-            pending.done = Event()
+            pending.done, pending.issue_stream = Event(), self.current_stream()
             pending.done.record(stream)
             self._not_received.append(pending)
 
     def _enter(self, pending: PendingOp, is_capturing: bool) -> int:
         """The stream of an operation, behind everything that it must come after."""
-        stream = current = self._current_stream()
+        stream = current = self.current_stream()
         # Inputs are ready, and so is memory that results gave back: their readers are on the current stream.
         if pending.is_split:
             stream = self._stream.cuda_stream
             self._join_event.record(current)
             self._join_event.wait(stream)
+        released = self.arena.heap.release_events
         if is_capturing:
+            while released:
+                released.popleft().synchronize()
             return stream
         if self._last_stream is not None and self._last_stream != stream:
             self._last_event.wait(stream)
-        released = self.arena.heap.release_events
         while released:
             released.popleft().wait(stream)
         return stream
 
-    def _current_stream(self) -> int:
+    def current_stream(self) -> int:
+        """What torch gives work to now."""
         return int(torch._C._cuda_getCurrentRawStream(self.device.index))
 
     def keep_records(self, pending: PendingOp, output_bytes: int) -> None:
@@ -137,6 +142,11 @@ class OpQueue:
         handle.records = whole
         if torch.cuda.is_current_stream_capturing():
             self._captured.append(pending.grant)
+
+    def use_handle(self, handle: CudaHandle) -> None:
+        """An operation on the current stream reads it: its memory must outlive that."""
+        if handle.stream != self.current_stream():
+            handle.memory.record_stream(torch.cuda.current_stream(self.device))
 
     def remember(self, slab: Slab) -> None:
         """For `record_stream`."""
@@ -175,12 +185,16 @@ class OpQueue:
         self.marks.append((call.name, start, torch_stream.record_event(new_event(enable_timing=True))))
 
     def _check_capturable(self, pending: PendingOp) -> None:
+        if pending.is_split:
+            raise ConfigError("halves of the throughput regime cannot be captured: capture whole calls")
         if pending.grant_bytes is None:
             raise ConfigError("a dispatch whose sizes the host must learn cannot be captured: give it a capacity")
         pending.is_lazy = True
 
     def reject(self, kind: str, error: Exception, *, is_split: bool) -> PendingOp:
-        """Tells all ranks why this one does not take part; they all raise."""
+        """Tells all ranks why this one does not take part; they all raise. Nothing is told in a capture."""
+        if torch.cuda.is_current_stream_capturing():
+            raise error
         text = str(error).encode("ascii", "backslashreplace")[: TEXT_BYTES - 1]
         exchange = ExchangeCall(status=4, call=CallWords(kind=KINDS[kind]), text=text)
         pending = PendingOp(kind, self._id, exchange, is_split=is_split)
@@ -199,14 +213,14 @@ class OpQueue:
         return self._ticket
 
     def check_usable(self) -> None:
-        """Raises what `check` raises, or ConfigError: it is closed."""
+        """Raises ConfigError if it is closed, or its fault."""
         if self._is_closed:
             raise ConfigError("this Runtime is closed")
-        self.check()
+        self._watch.check_faults()
 
     def launch_latency(self, call: KernelCall) -> None:
         """On the current stream, behind what was launched before."""
-        stream, is_capturing = self._current_stream(), torch.cuda.is_current_stream_capturing()
+        stream, is_capturing = self.current_stream(), torch.cuda.is_current_stream_capturing()
         if not is_capturing and self._last_stream is not None and self._last_stream != stream:
             self._last_event.wait(stream)
         self.launch(stream, call)
@@ -217,41 +231,49 @@ class OpQueue:
     # ---- verdicts
 
     def _settle(self, pending: PendingOp) -> None:
-        """Waits until the exchange of an operation is over and keeps what it said; grows the heap if it must."""
+        """Waits until the exchange of an operation is over and keeps what it said, errors too; grows the heap if it
+        must."""
         if pending.settled or pending.is_lazy:
             return
-        self._unsettled.remove(pending)
         result, tail = self._wait_result(pending)
         if result.verdict == _NO_ROOM:
-            self._grow(result)
+            try:
+                self._grow(result)
+            except CapacityError as error:
+                self._keep_error(pending, error)
+                return
             self._last_event.wait(pending.stream)
             self._launch_op(pending)
             self._last_event.record(pending.stream)
+            self._last_stream = pending.stream
             if pending.is_split:
                 pending.done.record(pending.stream)
             result, tail = self._wait_result(pending)
-        pending.settled = True
         if result.verdict != _GO:
-            self.check()
-            pending.error = refusal(result, self.num_ranks, self.config.num_topk, self.config.num_experts)
-            pending.grant = None
-        elif pending.kind == "dispatch":
+            self._watch.check_faults()
+            reason = refusal(result, self.num_ranks, self.config.num_topk, self.config.num_experts)
+            self._keep_error(pending, reason)
+            return
+        self._unsettled.remove(pending)
+        pending.settled = True
+        if pending.kind == "dispatch":
             self._keep_sizes(pending, result, tail)
         elif pending.kind == "combine":
             pending.grant = None  # later operations come behind this one
+
+    def _keep_error(self, pending: PendingOp, error: Exception) -> None:
+        """For whoever finishes the operation."""
+        self._unsettled.remove(pending)
+        pending.settled, pending.error, pending.grant = True, error, None
 
     def _wait_result(self, pending: PendingOp) -> tuple[HostResult, Any]:
         address = self.buffers.result_address(pending.ticket)
         live = HostResult.from_address(address)
         limit = time.monotonic() + self.config.timeout_s + _GRACE_S
         while live.ticket != pending.ticket:
-            self.check()
+            self._watch.check_faults()
             if time.monotonic() > limit:
-                self._is_faulty = True
-                raise CommTimeout(
-                    f"rank {self.rank}: the device did not start operation {pending.ticket}", rank=self.rank, peer=None,
-                    channel="device", phase=pending.kind, tag=pending.ticket, expected=pending.ticket, seen=live.ticket,
-                )  # fmt: skip
+                raise self._watch.device_silent(pending.ticket, pending.kind, live.ticket)
         copy = ctypes.string_at(address, sizeof(HostResult) + 4 * self.buffers.tail_words)
         return HostResult.from_buffer_copy(copy), memoryview(copy)[sizeof(HostResult) :].cast("I")
 
@@ -277,7 +299,10 @@ class OpQueue:
         self._settle(pending)
         if pending.is_split and pending in self._not_received:
             self._not_received.remove(pending)
-            pending.done.wait(self._current_stream())
+            pending.done.wait(self.current_stream())
+            if pending.issue_stream != self.current_stream():
+                # Inputs and results were allocated there, and are given out again in that stream's order.
+                pending.done.wait(pending.issue_stream)
         if pending.error is not None:
             raise pending.error
 
@@ -307,11 +332,14 @@ class OpQueue:
         if answer.verdict != _GO:
             if own is not None:
                 own.free()
-            self.check()
+            self._watch.check_faults()
             reason = refusal(answer, self.num_ranks, self.config.num_topk, self.config.num_experts)
             raise CapacityError(str(reason), needed=needed, available=granted)
         handles = [_unpack(header.text) for header in answer.headers[: self.num_ranks]]
-        self.arena.replace_heaps(own, handles)
+        try:
+            self.arena.replace_heaps(own, handles)
+        except CommError as error:  # the others go on: this rank cannot follow
+            raise self._watch.fail(error) from None
         self.mesh.heap[: self.num_ranks] = self.arena.heap_base
 
     # ---- the rest
@@ -331,50 +359,42 @@ class OpQueue:
     def check(self) -> None:
         """Raises CommTimeout if a kernel of this rank or of a peer missed a deadline, PeerLostError if a process has
         ended, ConfigError if an operation that nobody waited for was refused."""
-        board = self.buffers.board
-        if board.kind:
-            self._is_faulty = True
-            raise fault_error(board, self.rank, self.config.timeout_s)
-        if (peer := self._page.lost_peer()) is not None and not self._is_closed:
-            self._is_faulty = True
-            # Kernels that wait for it would go on to their deadline.
-            self.buffers.raise_fault(self.arena.base[self.rank], self.arena.regions, self.rank, peer)
-            raise peer_lost_error(self.rank, peer)
-        refused = self.buffers.refused
-        if refused.ticket:
-            copy = HostResult.from_buffer_copy(refused)
-            refused.ticket = 0
-            raise refusal(copy, self.num_ranks, self.config.num_topk, self.config.num_experts)
+        if self._is_closed:
+            return
+        self._watch.check_faults()
+        if (refusal_of := self._watch.take_refusal()) is not None:
+            raise refusal_of
 
     def memory(self) -> MemoryReport:
         return MemoryReport(self.arena.num_bytes, self.arena.heap.num_bytes, self.arena.heap.used_bytes)
 
     def close(self) -> None:
-        """All ranks come, then memory is freed; after a fault it waits for nobody."""
+        """All ranks come, then memory is freed; after a fault it waits for nobody. Raises what `check` would."""
         try:
-            if not self._is_faulty:
+            if self._watch.fault is None:
                 self.barrier()
-        except Exception:
-            self._is_faulty = True
-            raise
+                if (refusal_of := self._watch.take_refusal()) is not None:
+                    raise refusal_of
         finally:
             self._leave()
 
     def abandon(self) -> None:
-        """Leaves at once. Peers find out by their deadlines, or when this process ends."""
-        self._is_faulty = True
-        self._leave()
+        """Leaves without waiting and tells the others."""
+        if not self._is_closed:
+            self._watch.abandon()
+            self._leave()
 
     def _leave(self) -> None:
         if self._is_closed:
             return
         self._is_closed = True
-        if not self._is_faulty and self._last_stream is not None:
+        is_quiet = self._watch.fault is None
+        if is_quiet and self._last_stream is not None:
             self._last_event.synchronize()
         self._unsettled.clear()
         self._not_received.clear()
         self._captured.clear()
-        self.arena.close(is_quiet=not self._is_faulty)
+        self.arena.close(is_quiet=is_quiet)
         self._page.close()
 
     def record_stream(self, tensor: Any, stream: Any) -> None:
@@ -395,6 +415,13 @@ def _check_limits(config: RuntimeConfig, topology: Topology, num_ranks: int) -> 
             f"num_ranks={num_ranks} and num_topk={config.num_topk} exceed what a warp serves: "
             f"{MAX_RANKS} and {MAX_TOPK}"
         )
+
+
+def _check_multiprocessors(wanted: int, device: Any) -> None:
+    """Blocks of a kernel wait for each other, so all of them must be resident: one on each multiprocessor."""
+    there = torch.cuda.get_device_properties(device).multi_processor_count
+    if wanted > there:
+        raise ConfigError(f"num_sms or num_local_sms={wanted} is above the {there} multiprocessors of {device}")
 
 
 def _pack(handle: bytes) -> bytes:

@@ -159,10 +159,12 @@ struct Flags {
 //
 // kLanes: lanes that may have a row each. kBatch: rows told together; a larger batch has fewer
 // fences and keeps receivers waiting longer. kLag: newest pieces that need not be complete when a
-// batch goes.
-template <int kLanes, uint32_t kBatch, uint32_t kLag>
+// batch goes. kRows: pending at most.
+template <int kLanes, uint32_t kBatch, uint32_t kLag, uint32_t kRows>
 struct Announcer {
-  static constexpr uint32_t kRows = 8;  // pending at most
+  // When the ring is full its oldest row must be old enough to be told, even if every row is one
+  // piece and the pipe still holds the newest unstored ones.
+  static_assert(kRows >= kLag + 4 && kRows >= kBatch, "rows would be overwritten untold");
   static constexpr uint32_t kNobody = ~0u;
   static constexpr uint32_t kNumberBits = 27;  // of a record; the rank is above
   static constexpr uint32_t kBytes = kRows * (kLanes * 4 + 4);

@@ -9,7 +9,7 @@ namespace commlib::cuda {
 constexpr int kStages = 4;
 
 using Pipe = RowPipe<kStages, 32>;
-using Tellers = Announcer<32, 2, 2>;
+using Tellers = Announcer<32, 2, 2, 8>;
 
 struct WarpMemory {
   Pipe pipe;

@@ -54,13 +54,16 @@ __device__ inline bool place_rank(const Mesh& mesh, const LatencyDispatchCall& c
 // The host looks for refusals when it comes by. One block.
 __device__ inline void keep_latency_refusal(const Mesh& mesh, const LatencyRegions& regions,
                                             const LatencyDispatchCall& call, uint64_t epoch) {
-  if (threadIdx.x != 0 || load_acquire(&call.refused->ticket) != 0) return;
+  // The rank that refused its own input has raised already.
+  if (threadIdx.x != 0 || call.refused == nullptr || load_acquire(&call.refused->ticket) != 0)
+    return;
   for (int source = 0; source < mesh.num_ranks; ++source) {
     const LatencyMessage* head = message(mesh, regions, mesh.rank, epoch, source);
     ExchangeHeader& header = call.refused->headers[source];
     header.status = head->status != kOk           ? head->status
                     : head->agreed != call.agreed ? kDisagree
                                                   : 0;
+    header.text[0] = 0;
     header.bad_index = head->bad_index;
     header.bad_value = head->bad_value;
   }

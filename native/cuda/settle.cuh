@@ -111,18 +111,31 @@ __device__ inline void settle_alone(const Mesh& mesh, const ExchangeCall& call, 
   __syncthreads();  // the caller may use the memory
 }
 
+// The last block's own waits have deadlines, so this one ends first only if that block never runs:
+// the kernel has more blocks than are resident.
+__device__ inline bool wait_settled(const Mesh& mesh, uint64_t epoch) {
+  const uint64_t start = now_ns();
+  while (load_acquire(&mesh.workspace->settled) < epoch) {
+    __nanosleep(64);
+    if (now_ns() - start <= 2 * mesh.timeout_ns + 1000000000) continue;
+    raise_timeout(mesh, {kExchange, mesh.rank, epoch, epoch}, mesh.workspace->settled);
+    return false;
+  }
+  return true;
+}
+
 // Every thread of every block calls it. True: the plan of this operation is made and data moves.
 __device__ inline bool settle(const Mesh& mesh, const ExchangeCall& call, uint32_t* memory) {
   __shared__ uint64_t epoch;
+  __shared__ uint32_t is_settled;
   if (threadIdx.x == 0) epoch = mesh.workspace->epoch + 1;  // goes on when every block has come
   if (has_counts(call)) count_tokens(mesh, call, memory);
   if (is_last_block(mesh)) {
     settle_alone(mesh, call, memory, epoch);
   } else {
-    // Ends by itself: the last block's waits have deadlines.
-    if (threadIdx.x == 0)
-      while (load_acquire(&mesh.workspace->settled) < epoch) __nanosleep(64);
+    if (threadIdx.x == 0) is_settled = wait_settled(mesh, epoch);
     __syncthreads();
+    if (is_settled == 0) return false;
   }
   return mesh.workspace->plan.go != 0;
 }

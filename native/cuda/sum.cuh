@@ -109,7 +109,7 @@ struct Summer {
 };
 
 using Pipe = RowPipe<kStages, 1>;
-using Tellers = Announcer<1, 4, 6>;
+using Tellers = Announcer<1, 4, 6, 16>;
 
 struct WarpMemory {
   Pipe pipe;

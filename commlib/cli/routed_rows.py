@@ -13,7 +13,7 @@ from commlib.testing.workloads import make_workload
 
 __all__ = ["RoutedRows"]
 
-_WEIGHT = 0.125  # of every slot: products and their sums are exact
+_WEIGHTS = (0.125, 0.25, 0.5)  # of slots, at random: products and their sums are exact
 
 
 class RoutedRows:
@@ -44,13 +44,23 @@ class RoutedRows:
         ]
         self._idx = [[idx.to(device) for idx in work.topk_idx] for work in works]
         self._x = [self._make_rows(rank, works[0].num_tokens[rank], shape.hidden, device) for rank in range(boot.size)]
-        self.weights = torch.full((len(self._x[boot.rank]), shape.num_topk), _WEIGHT, device=device)
-        self.num_remote_rows = [self._count_remote(which) for which in range(num_routings)]
+        self._weights = [self._make_weights(rank, len(x), shape.num_topk, device) for rank, x in enumerate(self._x)]
+        self.weights = self._weights[boot.rank]
+        # Of the rank that sends most.
+        self.num_remote_rows = [
+            max(self._count_remote(which, source) for source in range(boot.size)) for which in range(num_routings)
+        ]
 
     @staticmethod
     def _make_rows(rank: int, num_tokens: int, hidden: int, device: Any) -> Any:
         generator = torch.Generator(device=device).manual_seed(rank)
         return torch.randn((num_tokens, hidden), generator=generator, device=device).to(torch.bfloat16)
+
+    @staticmethod
+    def _make_weights(rank: int, num_tokens: int, num_topk: int, device: Any) -> Any:
+        generator = torch.Generator(device=device).manual_seed(1000 + rank)
+        which = torch.randint(len(_WEIGHTS), (num_tokens, num_topk), generator=generator, device=device)
+        return torch.tensor(_WEIGHTS, device=device)[which]
 
     def own(self) -> Any:
         return self._x[self.rank]
@@ -63,9 +73,9 @@ class RoutedRows:
         idx = self._idx[which][source]
         return torch.where(idx >= 0, idx // self._per_rank, -1)
 
-    def _count_remote(self, which: int) -> int:
-        owners = self._owners(which, self.rank)
-        return sum(int((owners == peer).any(dim=1).sum()) for peer in range(self.num_ranks) if peer != self.rank)
+    def _count_remote(self, which: int, source: int) -> int:
+        owners = self._owners(which, source)
+        return sum(int((owners == peer).any(dim=1).sum()) for peer in range(self.num_ranks) if peer != source)
 
     def most_rows(self, alignment: int) -> int:
         """Rows of the largest output in layout "grouped" of any routing on any rank."""
@@ -86,11 +96,7 @@ class RoutedRows:
         row = 0
         for expert in range(self.rank * self._per_rank, (self.rank + 1) * self._per_rank):
             begin = row
-            for source, (x, scales) in enumerate(given):
-                tokens = (self._idx[which][source] == expert).any(dim=1).nonzero()[:, 0]
-                _require_rows(got, slice(row, row + len(tokens)), x[tokens], None if scales is None else scales[tokens])
-                row += len(tokens)
-            assert bool((got.row_weights[begin:row] == _WEIGHT).all()), f"weights of expert {expert}"
+            row = self._check_expert(which, got, given, expert, row)
             end = begin + -(-(row - begin) // config.expert_alignment) * config.expert_alignment
             assert not bool(got.x[row:end].view(torch.uint8).any()), f"padding of expert {expert}"
             assert not bool(got.row_weights[row:end].any()), f"weights in the padding of expert {expert}"
@@ -103,12 +109,20 @@ class RoutedRows:
         given = [quantize_e4m3(x, pow2=fp8 == "pow2") for x in self._x]
         row = 0
         for expert in range(self.rank * self._per_rank, (self.rank + 1) * self._per_rank):
-            for source, (x, scales) in enumerate(given):
-                tokens = (self._idx[which][source] == expert).any(dim=1).nonzero()[:, 0]
-                _require_rows(got, slice(row, row + len(tokens)), x[tokens], scales[tokens])
-                row += len(tokens)
+            row = self._check_expert(which, got, given, expert, row)
         assert row == count, f"{count} rows, expected {row}"
-        assert bool((got.row_weights[:row] == _WEIGHT).all()) and not bool(got.row_weights[row:].any()), "weights"
+        assert not bool(got.row_weights[row:].any()), "weights behind the rows"
+
+    def _check_expert(self, which: int, got: Any, given: list[Any], expert: int, row: int) -> int:
+        """The rows of an expert begin at `row`; returns where they end."""
+        for source, (x, scales) in enumerate(given):
+            token, slot = (self._idx[which][source] == expert).nonzero(as_tuple=True)
+            rows = slice(row, row + len(token))
+            _require_rows(got, rows, x[token], None if scales is None else scales[token])
+            weights = self._weights[source][token, slot]
+            assert torch.equal(got.row_weights[rows], weights), f"weights of expert {expert}, rank {source}"
+            row += len(token)
+        return row
 
     def _check_rows_layout(self, which: int, got: Any, given: list[Any]) -> None:
         row = 0
@@ -119,20 +133,25 @@ class RoutedRows:
             _require_rows(got, rows, x[tokens], None if scales is None else scales[tokens])
             local = torch.where(is_here, self._idx[which][source] - self.rank * self._per_rank, -1)[tokens]
             assert torch.equal(got.topk_idx[rows], local), f"expert ids of rank {source}'s tokens"
+            weights = torch.where(is_here, self._weights[source], 0.0)[tokens]
+            assert torch.equal(got.topk_weights[rows], weights), f"weights of rank {source}'s tokens"
             row += len(tokens)
         assert row == got.x.shape[0], f"{got.x.shape[0]} rows, expected {row}"
 
     def check_combined(self, which: int, out: Any, layout: str, *, is_weighted: bool) -> None:
         """Raises AssertionError unless `out` is the sum of copies of the own rows, rounded once per rank and once more.
 
-        Copies of one row times 1/8 add up exactly in FP32, so plain sums say what every rounding must give.
+        Copies of one row times these weights add up exactly in FP32, so plain sums say what every rounding must give.
         """
         owners, x = self._owners(which, self.rank), self._x[self.rank].float()
+        of_slot = self.weights if is_weighted else torch.ones_like(self.weights)
         total = torch.zeros_like(x)
         for peer in range(self.num_ranks):
-            count = (owners == peer).sum(dim=1)[:, None].float()
-            copies = count.clamp(max=1) if layout == "rows" else count
-            total += (copies * x * (_WEIGHT if is_weighted else 1.0)).to(torch.bfloat16).float()
+            is_there = owners == peer
+            factor = torch.where(is_there, of_slot, 0.0).sum(dim=1)[:, None]
+            if layout == "rows":
+                factor = is_there.any(dim=1)[:, None].float()
+            total += (factor * x).to(torch.bfloat16).float()
         assert torch.equal(out, total.to(torch.bfloat16)), "combined rows"
 
 

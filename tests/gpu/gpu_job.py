@@ -159,9 +159,9 @@ class Case:
 
 
 def case_of(
-    work: Workload, layout: str, alignment: int, hidden: int, dtype: torch.dtype, fp8: str | None = None
+    work: Workload, layout: str, alignment: int, hidden: int, dtype: torch.dtype, fp8: str | None = None, seed: int = 3
 ) -> Case:
-    xs = [random_payload(rank, count, hidden, dtype, 3) for rank, count in enumerate(work.num_tokens)]
+    xs = [random_payload(rank, count, hidden, dtype, seed) for rank, count in enumerate(work.num_tokens)]
     return Case(work, layout, alignment, xs, fp8)
 
 
@@ -288,16 +288,17 @@ def streams_rank() -> None:
         rank = boot.rank
         case = case_of(work, "grouped", 8, hidden, torch.bfloat16)
         idx, weights = work.topk_idx[rank].cuda(), work.topk_weights[rank].cuda()
-        source, x = case.xs[rank].cuda(), torch.empty_like(case.xs[rank], device=device)
+        cases = [case, Case(work, "grouped", 8, [-x for x in case.xs])]
+        sources, x = [each.xs[rank].cuda() for each in cases], torch.empty_like(case.xs[rank], device=device)
         ballast = torch.randn(4096, 4096, device=device)
         side = torch.cuda.Stream()
         outs = []
-        for _ in range(8):
+        for turn in range(8):
             with torch.cuda.stream(side):
                 x.zero_()
                 for _ in range(4):
                     ballast = ballast @ ballast * 1e-4
-                x.copy_(source)
+                x.copy_(sources[turn % 2])
                 got = runtime.dispatch_recv(runtime.dispatch_send(x, idx, weights, expert_alignment=8))
                 handle = got.handle
                 y = got.x * 2
@@ -305,10 +306,11 @@ def streams_rank() -> None:
                 sent = runtime.combine_send(y, handle)
                 outs.append((y, runtime.combine_recv(sent).x))
         torch.cuda.synchronize()
-        ys = [received.x * 2 for received in case.expected]
         nodes = [0] * boot.size
-        combined = reference.combine(ys, case.expected, work.topk_idx, work.num_experts, nodes)[rank][0]
-        for y, out in outs:
+        for turn, (y, out) in enumerate(outs):
+            case = cases[turn % 2]
+            ys = [received.x * 2 for received in case.expected]
+            combined = reference.combine(ys, case.expected, work.topk_idx, work.num_experts, nodes)[rank][0]
             assert_bits(y, ys[rank], "streams: dispatch")
             assert_bits(out, combined, "streams: combine")
     print(f"rank {boot.rank}: streams OK", flush=True)

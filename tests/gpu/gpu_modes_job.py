@@ -136,6 +136,7 @@ def graph_rank() -> None:
             x.copy_(case.xs[rank])
             idx.copy_(work.topk_idx[rank])
             weights.copy_(work.topk_weights[rank])
+            out.fill_(torch.nan)
             graph.replay()
             ys = [each.x * 2 for each in case.expected]
             nodes, rows = [0] * boot.size, [each.row_weights for each in case.expected]
@@ -156,7 +157,7 @@ def latency_rank() -> None:
         with open_runtime(boot, device, work, 512, decode_tokens=max(tokens, 1)) as runtime:
             for alignment, fp8 in ((1, None), (8, "pow2"), (8, None), (1, "fp32")):
                 case = Case(work, "grouped", alignment, case_of(work, "grouped", 1, 512, torch.bfloat16).xs, fp8)
-                _check_latency(case, runtime)
+                check_latency(case, runtime)
             _check_latency_halves(case, runtime)
             _check_latency_graph(work, runtime)
             _check_latency_errors(case, runtime)
@@ -164,14 +165,15 @@ def latency_rank() -> None:
 
 
 def _latency_combine_inputs(case: Case, capacity: int, rank: int) -> tuple[list[Tensor], Tensor, list[Tensor]]:
-    ys = [random_payload(r, len(each.source), 512, torch.bfloat16, 9) for r, each in enumerate(case.expected)]
-    y = torch.full((capacity, 512), torch.nan, dtype=torch.bfloat16, device=runtime_device())
+    hidden = case.xs[0].shape[1]
+    ys = [random_payload(r, len(each.source), hidden, torch.bfloat16, 9) for r, each in enumerate(case.expected)]
+    y = torch.full((capacity, hidden), torch.nan, dtype=torch.bfloat16, device=runtime_device())
     y[: len(ys[rank])] = ys[rank].cuda()
     weights = [each.row_weights for each in case.expected]
     return ys, y, weights
 
 
-def _check_latency(case: Case, runtime: Runtime, *, in_halves: bool = False) -> None:
+def check_latency(case: Case, runtime: Runtime, *, in_halves: bool = False) -> None:
     rank, work = runtime.rank, case.work
     x, idx, weights = case.xs[rank].cuda(), work.topk_idx[rank].cuda(), work.topk_weights[rank].cuda()
     options = {"regime": "latency", "fp8": case.fp8, "expert_alignment": case.alignment}
@@ -195,16 +197,21 @@ def _check_latency(case: Case, runtime: Runtime, *, in_halves: bool = False) -> 
 def _check_latency_halves(case: Case, runtime: Runtime) -> None:
     """Two dispatches under way, received in order; a third one is refused on the host."""
     for _ in range(5):
-        _check_latency(case, runtime, in_halves=True)
+        check_latency(case, runtime, in_halves=True)
     rank, work = runtime.rank, case.work
     options = {"regime": "latency", "fp8": case.fp8, "expert_alignment": case.alignment}
-    arguments = (case.xs[rank].cuda(), work.topk_idx[rank].cuda(), work.topk_weights[rank].cuda())
-    pending = [runtime.dispatch_send(*arguments, **options) for _ in range(2)]
+    other = Case(work, "grouped", case.alignment, [-x for x in case.xs], case.fp8)
+
+    def send(which: Case) -> Any:
+        arguments = (which.xs[rank].cuda(), work.topk_idx[rank].cuda(), work.topk_weights[rank].cuda())
+        return runtime.dispatch_send(*arguments, **options)
+
+    pending = [send(which) for which in (case, other)]
     with pytest.raises(ConfigError, match="are without their second half"):
-        runtime.dispatch_send(*arguments, **options)
-    for each in pending:
+        send(case)
+    for each, which in zip(pending, (case, other), strict=True):
         got = runtime.dispatch_recv(each)
-        _check_capacity_result(case, rank, got, got.x.shape[0])
+        _check_capacity_result(which, rank, got, got.x.shape[0])
 
 
 def _check_latency_graph(work: Any, runtime: Runtime) -> None:
@@ -222,14 +229,16 @@ def _check_latency_graph(work: Any, runtime: Runtime) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = step()
-    x.copy_(case.xs[rank])
-    ys, rows = [each.x * 2 for each in case.expected], [each.row_weights for each in case.expected]
-    nodes = [0] * runtime.num_ranks
-    expected = reference.combine(ys, case.expected, work.topk_idx, work.num_experts, nodes, weights=rows)
     for replay in range(7):
+        case = case_of(work, "grouped", 1, 512, torch.bfloat16, seed=replay)
+        x.copy_(case.xs[rank])
+        ys, rows = [each.x * 2 for each in case.expected], [each.row_weights for each in case.expected]
+        nodes = [0] * runtime.num_ranks
+        expected = reference.combine(ys, case.expected, work.topk_idx, work.num_experts, nodes, weights=rows)
+        out.fill_(torch.nan)
         graph.replay()
         assert_bits(out, expected[rank][0], f"latency: replay {replay}")
-        _check_latency(case, runtime)
+        check_latency(case, runtime)
 
 
 def _check_latency_errors(case: Case, runtime: Runtime) -> None:
@@ -252,7 +261,7 @@ def _check_latency_errors(case: Case, runtime: Runtime) -> None:
         assert int(refused.num_tokens_per_expert.sum()) == 0
         with pytest.raises(ConfigError, match="expert id 99 at token 0, slot 0"):
             runtime.check()
-    _check_latency(case, runtime)
+    check_latency(case, runtime)
 
 
 def autograd_rank() -> None:

@@ -38,6 +38,20 @@ def test_autograd(num_ranks: int) -> None:
     check("autograd_rank", num_ranks, job=JOB)
 
 
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_shapes(num_ranks: int) -> None:
+    check("shapes_rank", num_ranks, job="gpu.gpu_shapes_job", timeout_s=240.0)
+
+
+def test_latency_shapes() -> None:
+    check("latency_shapes_rank", 2, job="gpu.gpu_shapes_job")
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_orders_of_halves(num_ranks: int) -> None:
+    check("orders_rank", num_ranks, job="gpu.gpu_shapes_job")
+
+
 def test_beside_nccl() -> None:
     check("nccl_rank", torch.cuda.device_count(), job=JOB)
 

@@ -18,7 +18,7 @@ __all__ = ["MAX_EXPERTS", "MAX_GROUPS", "MAX_TOPK", "fits", "fused_gate", "load_
 MAX_EXPERTS = 1024
 MAX_GROUPS = 32
 MAX_TOPK = 32
-_THREADS = {"gate_8": 512, "gate_16": 512, "gate_32": 256}
+_THREADS = {"gate_8": 1024, "gate_16": 512, "gate_32": 256}
 
 
 @cache
@@ -36,6 +36,14 @@ def _groups_on(config: GateConfig, device_index: int) -> Any:
     for group, members in enumerate(config.groups):
         groups[list(members)] = group
     return groups.to(torch.device("cuda", device_index))
+
+
+def _lanes_per_group(config: GateConfig, per_lane: int) -> int:
+    """Lanes that hold one group each, a power of two; 0 if groups do not begin and end with lanes."""
+    if config.group_of_expert is not None:
+        return 0
+    lanes, rest = divmod(config.num_experts // config.num_groups, per_lane)
+    return lanes if rest == 0 and lanes > 0 and lanes & (lanes - 1) == 0 else 0
 
 
 def fits(config: GateConfig) -> bool:
@@ -83,6 +91,9 @@ def _launch(logits: Any, config: GateConfig, bias: Any, num_sms: int | None) -> 
         return idx, weights, scores
     max_groups = config.max_groups if config.is_limited and config.max_groups is not None else 0
     groups = _groups_on(config, device.index) if max_groups else None
+    num_summed = -(-config.num_topk // max_groups) if max_groups else 0
+    per_lane = 8 if num_experts <= 256 else 16 if num_experts <= 512 else 32
+    name = f"gate_{per_lane}"
     call = GateCall(
         logits=logits.data_ptr(),
         bias=0 if bias is None else bias.data_ptr(),
@@ -95,13 +106,13 @@ def _launch(logits: Any, config: GateConfig, bias: Any, num_sms: int | None) -> 
         num_topk=config.num_topk,
         num_groups=config.num_groups,
         max_groups=max_groups,
-        num_summed=-(-config.num_topk // max_groups) if max_groups else 0,
+        num_summed=num_summed,
+        lanes_per_group=_lanes_per_group(config, per_lane) if num_summed <= 2 else 0,
         dtype=1 if logits.dtype == torch.bfloat16 else 0,
         is_softmax=config.score_function == "softmax",
         normalize=config.normalize,
         route_scale=config.route_scale,
     )
-    name = "gate_8" if num_experts <= 256 else "gate_16" if num_experts <= 512 else "gate_32"
     threads = _THREADS[name]
     most = num_sms or torch.cuda.get_device_properties(device).multi_processor_count
     blocks = min(most, -(-num_tokens // (threads // 32)))

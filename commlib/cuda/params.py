@@ -309,6 +309,7 @@ class GateCall(ctypes.Structure):
                 "num_groups",
                 "max_groups",
                 "num_summed",
+                "lanes_per_group",
                 "dtype",
                 "is_softmax",
                 "normalize",

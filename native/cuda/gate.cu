@@ -49,7 +49,7 @@ template <int kPerLane>
 __device__ __forceinline__ void to_scores(const GateCall& call, float (&scores)[kPerLane]) {
   if (call.is_softmax == 0) {
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) scores[i] = __fdiv_rn(1.0f, 1.0f + expf(-scores[i]));
+    for (int i = 0; i < kPerLane; ++i) scores[i] = __frcp_rn(1.0f + expf(-scores[i]));
     return;
   }
   float top = scores[0], sum = 0.0f;
@@ -61,6 +61,27 @@ __device__ __forceinline__ void to_scores(const GateCall& call, float (&scores)[
   for (int delta = 16; delta > 0; delta /= 2) sum += __shfl_xor_sync(kAll, sum, delta);
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) scores[i] = __fdiv_rn(scores[i], sum);
+}
+
+// 4 experts at a time where rows are aligned to that: a lane's sectors are written in two steps,
+// not in eight.
+template <int kPerLane>
+__device__ __forceinline__ void store_scores(const GateCall& call, uint32_t token,
+                                             const float (&scores)[kPerLane]) {
+  const uint32_t first = uint32_t(lane_id()) * kPerLane;
+  float* to = call.scores + uint64_t(token) * call.num_experts + first;
+#pragma unroll
+  for (int i = 0; i < kPerLane; i += 4) {
+    if (call.num_experts % 4 == 0) {
+      if (first + i < call.num_experts)
+        *reinterpret_cast<float4*>(to + i) =
+            make_float4(scores[i], scores[i + 1], scores[i + 2], scores[i + 3]);
+      continue;
+    }
+#pragma unroll
+    for (int j = i; j < i + 4; ++j)
+      if (first + j < call.num_experts) to[j] = scores[j];
+  }
 }
 
 template <int kPerLane>
@@ -76,8 +97,8 @@ __device__ __forceinline__ void route_token(const GateCall& call, uint32_t token
     const uint32_t expert = uint32_t(lane) * kPerLane + uint32_t(i);
     const bool is_there = expert < call.num_experts;
     keys[i] = is_there ? key_of(call.bias == nullptr ? scores[i] : scores[i] + bias[i]) : 0;
-    if (is_there) call.scores[uint64_t(token) * call.num_experts + expert] = scores[i];
   }
+  store_scores(call, token, scores);
   if (call.max_groups != 0 && call.lanes_per_group != 0)
     keep_groups_of_lanes(call, keys);
   else if (call.max_groups != 0)

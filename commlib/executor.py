@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from commlib.handle import Combined, Dispatched, Handle
 from commlib.layout import Layout
@@ -12,8 +11,7 @@ from commlib.memory import MemoryReport
 __all__ = ["CombineCall", "DispatchCall", "Executor"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class DispatchCall:
+class DispatchCall(NamedTuple):
     """The arguments of `Runtime.dispatch`, as the caller gave them."""
 
     x: Any
@@ -28,8 +26,7 @@ class DispatchCall:
     regime: str = "throughput"
 
 
-@dataclass(frozen=True, kw_only=True)
-class CombineCall:
+class CombineCall(NamedTuple):
     """The arguments of `Runtime.combine`, as the caller gave them."""
 
     y: Any

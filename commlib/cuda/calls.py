@@ -50,15 +50,16 @@ _PHASES = {
 
 
 def check_tensor(
-    tensor: Any, name: str, device: Any, dtypes: tuple[Any, ...], dims: tuple[tuple[str, int | None], ...]
+    tensor: Any, name: str, device: Any, dtypes: tuple[Any, ...], labels: tuple[str, ...], sizes: tuple[int | None, ...]
 ) -> Any:
     """`tensor` as contiguous memory of `device`, 16-byte aligned; copied if it is not.
 
     Args:
         tensor: of the caller.
-        name, dims: for messages; sizes by name, None stands for any size.
+        name, labels: for messages: of the tensor and of its dimensions.
         device: where it must be.
         dtypes: what it may be.
+        sizes: of its dimensions; None stands for any size.
 
     Raises:
         ConfigError: it is no tensor of that device, dtype and shape.
@@ -70,16 +71,19 @@ def check_tensor(
     if tensor.dtype not in dtypes:
         raise ConfigError(f"{name} has dtype {_name_of(tensor.dtype)}, not {' or '.join(map(_name_of, dtypes))}")
     shape = tensor.shape
-    is_right = len(shape) == len(dims)
-    for have, (_, want) in zip(shape, dims, strict=False):
-        is_right = is_right and (want is None or have == want)
-    if not is_right:
-        meaning = ", ".join(label if want is None else f"{label}={want}" for label, want in dims)
+    if shape != sizes and not _fits(shape, sizes):
+        named = zip(labels, sizes, strict=True)
+        meaning = ", ".join(label if want is None else f"{label}={want}" for label, want in named)
         raise ConfigError(f"{name} has shape {list(shape)}, not [{meaning}]")
     if tensor.is_contiguous() and tensor.data_ptr() % 16 == 0:
         return tensor
     tensor = tensor.detach().contiguous()
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
+def _fits(shape: tuple[int, ...], sizes: tuple[int | None, ...]) -> bool:
+    pairs = zip(shape, sizes, strict=False)
+    return len(shape) == len(sizes) and all(want is None or have == want for have, want in pairs)
 
 
 def _name_of(dtype: torch.dtype) -> str:
@@ -112,10 +116,10 @@ def check_routing(topk_idx: Any, topk_weights: Any, device: Any, num_tokens: int
     """The choices of a fresh dispatch; raises like `check_tensor`."""
     if topk_idx is None:
         raise ConfigError("dispatch needs topk_idx or a handle")
-    dims = (("num_tokens", num_tokens), ("num_topk", num_topk))
-    topk_idx = check_tensor(topk_idx, "topk_idx", device, (torch.int64,), dims)
+    labels, sizes = ("num_tokens", "num_topk"), (num_tokens, num_topk)
+    topk_idx = check_tensor(topk_idx, "topk_idx", device, (torch.int64,), labels, sizes)
     if topk_weights is not None:
-        topk_weights = check_tensor(topk_weights, "topk_weights", device, (torch.float32,), dims)
+        topk_weights = check_tensor(topk_weights, "topk_weights", device, (torch.float32,), labels, sizes)
     return topk_idx, topk_weights
 
 
@@ -125,7 +129,7 @@ def check_rows(
     """Rows of a dispatch, their scales, and the code of their dtype; raises like `check_tensor`."""
     if fp8 not in CASTS:
         raise ConfigError(f'fp8={fp8!r} is not None, "fp32" or "pow2"')
-    x = check_tensor(x, "x", device, _PAYLOADS, (("num_tokens", num_tokens), ("hidden", config.hidden)))
+    x = check_tensor(x, "x", device, _PAYLOADS, ("num_tokens", "hidden"), (num_tokens, config.hidden))
     num_tokens = int(x.shape[0])
     if num_tokens > config.max_tokens:
         raise ConfigError(f"x has {num_tokens} tokens, more than max_tokens={config.max_tokens}")
@@ -136,8 +140,8 @@ def check_rows(
     if is_fp8 != (scales is not None):
         raise ConfigError(f"x of dtype {x.dtype} comes {'without' if is_fp8 else 'with'} scales")
     if scales is not None:
-        dims = (("num_tokens", num_tokens), ("hidden/128", num_scales(config.hidden)))
-        scales = check_tensor(scales, "scales", device, (torch.float32,), dims)
+        labels, sizes = ("num_tokens", "hidden/128"), (num_tokens, num_scales(config.hidden))
+        scales = check_tensor(scales, "scales", device, (torch.float32,), labels, sizes)
     row_bytes = config.hidden * (1 if fp8 is not None else ELEMENT_BYTES[code])
     if row_bytes % 16:
         raise ConfigError(f"rows of {row_bytes} bytes are no multiple of 16 bytes, in which the GPU copies")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,8 +20,7 @@ __all__ = ["CombineOps"]
 _PAYLOADS = (torch.float32, torch.bfloat16)  # by code
 
 
-@dataclass(frozen=True, slots=True)
-class _Shape:
+class _Shape(NamedTuple):
     """All that a launch depends on but addresses and numbers of tokens."""
 
     code: int
@@ -44,13 +42,13 @@ class _Template:
             slot_bytes=self.slot_bytes,
             row_bytes=row_bytes,
             layout=LAYOUTS[shape.layout],
-            final_warps=queue.tuning.final_warps,
+            final_warps=queue.tuning.rows_final_warps if shape.layout == "rows" else queue.tuning.final_warps,
         )
         self.exchange = ExchangeCall(
             slot_bytes=self.slot_bytes,
             call=CallWords(kind=KINDS["combine"], dtype=shape.code, has_grads=shape.has_grads, capacity=shape.capacity),
         )
-        head = settle_bytes(config.num_experts, queue.num_ranks, 0, launch.warps)
+        head = settle_bytes(config.num_experts, queue.num_ranks)
         self.kernel = KernelCall(
             "combine_bf16" if shape.code == 1 else "combine_f32",
             queue.num_local_sms,
@@ -88,12 +86,13 @@ class CombineOps:
         native: CudaHandle = check_handle(call.handle, queue.runtime_id)
         queue.use_handle(native)
         device, rows, weights, grads = queue.device, native.num_rows, call.weights, call.weight_grads
-        y = check_tensor(call.y, "y", device, _PAYLOADS, (("num_rows", rows), ("hidden", hidden)))
+        y = check_tensor(call.y, "y", device, _PAYLOADS, ("num_rows", "hidden"), (rows, hidden))
         if weights is not None:
-            weights = check_tensor(weights, "weights", device, (torch.float32,), (("num_rows", rows),))
+            weights = check_tensor(weights, "weights", device, (torch.float32,), ("num_rows",), (rows,))
         if grads is not None:
-            dims = (("num_rows", rows),) if native.layout == "grouped" else (("num_rows", rows), ("num_topk", topk))
-            grads = check_tensor(grads, "weight_grads", device, (torch.float32,), dims)
+            sizes = (rows,) if native.layout == "grouped" else (rows, topk)
+            labels = ("num_rows", "num_topk")[: len(sizes)]
+            grads = check_tensor(grads, "weight_grads", device, (torch.float32,), labels, sizes)
         shape = _Shape(_PAYLOADS.index(y.dtype), native.layout, grads is not None, native.capacity)
         template = self._templates.get(shape)
         if template is None:

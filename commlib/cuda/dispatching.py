@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -33,8 +32,7 @@ _MAX_TEMPLATES = 256
 _PAYLOADS = (torch.float32, torch.bfloat16, torch.float8_e4m3fn)  # by code
 
 
-@dataclass(frozen=True, slots=True)
-class _Shape:
+class _Shape(NamedTuple):
     """All that a launch depends on but addresses."""
 
     is_fresh: bool
@@ -52,6 +50,7 @@ class _Template:
 
     def __init__(self, queue: Any, shape: _Shape) -> None:
         config, topk = queue.config, queue.config.num_topk
+        self.shape = shape
         is_cast, is_fp8 = shape.fp8 is not None, shape.fp8 is not None or shape.code == 2
         self.dtype = _PAYLOADS[2 if is_fp8 else shape.code]
         self.num_scales = num_scales(config.hidden) if is_fp8 else 0
@@ -59,7 +58,10 @@ class _Template:
         launch = plan_dispatch(
             in_row_bytes, queue.tuning, cast_element_bytes=ELEMENT_BYTES[shape.code] if is_cast else 0
         )
-        is_busy = is_cast or shape.layout == "rows"
+        tuning = queue.tuning
+        push_warps = tuning.cast_push_warps if is_cast else tuning.push_warps
+        if shape.layout == "rows":
+            push_warps = tuning.rows_push_warps
         tokens_per_block = max(1, -(-shape.num_tokens // queue.num_sms))
         self.params = DispatchParams(
             slots=queue.buffers.slots.data_ptr(),
@@ -70,7 +72,7 @@ class _Template:
             row_bytes=config.hidden if is_fp8 else in_row_bytes,
             num_scales=self.num_scales,
             piece_bytes=launch.piece_bytes,
-            push_warps=queue.tuning.busy_push_warps if is_busy else queue.tuning.push_warps,
+            push_warps=push_warps,
             push_blocks=queue.num_sms,
             layout=LAYOUTS[shape.layout],
             alignment=shape.alignment,
@@ -93,7 +95,7 @@ class _Template:
                 capacity=shape.capacity,
             ),
         )
-        head = settle_bytes(config.num_experts, queue.num_ranks, self.exchange.count_blocks, launch.warps)
+        head = settle_bytes(config.num_experts, queue.num_ranks, self.exchange.count_blocks, tokens_per_block)
         shared_bytes = max(launch.shared_bytes, head)
         self.kernel = KernelCall(
             "dispatch", queue.num_local_sms, 32 * launch.warps, shared_bytes, queue.mesh, self.exchange, self.params
@@ -142,24 +144,23 @@ class DispatchOps:
         queue = self._queue
         queue.prepare()
         try:
-            pending, shape = self._make(call)
+            pending = self._make(call)
         except Exception as error:  # also what nobody foresaw: raised here, it would strand the other ranks
             kind = "dispatch" if call.handle is None else "cached_dispatch"
             rejected: PendingOp = queue.reject(kind, error, is_split=is_split)
             return rejected
         pending.is_split = is_split
         queue.issue(pending)
-        landing = self._templates_of(shape).landing
-        if shape.is_fresh and landing is not None:
-            queue.keep_records(pending, int(landing.output_bytes))
+        template = pending.template
+        if template.shape.is_fresh and template.landing is not None:
+            queue.keep_records(pending, int(template.landing.output_bytes))
         return pending
 
     def result(self, pending: PendingOp) -> Dispatched:
         """Views of the landing, which they keep."""
-        native, slab, shape = pending.handle, pending.grant, pending.shape
+        native, slab, template = pending.handle, pending.grant, pending.template
         assert native is not None and slab is not None
-        template = self._templates_of(shape)
-        landing = template.landing
+        shape, landing = template.shape, template.landing
         if landing is None:
             received = sum(row[self._queue.rank] for row in native.rank_counts)
             landing = template.landing_of(self._queue, shape, native.num_rows, received)
@@ -171,19 +172,20 @@ class DispatchOps:
             whole = torch.as_tensor(ArenaBytes(slab.address, size, slab), device=device)
         else:
             whole = torch.empty(0, dtype=torch.uint8, device=device)
-        x = _view(whole, 0, template.dtype, num_rows, hidden)
+        x = _view(whole.view(template.dtype), 0, num_rows, hidden)
         scales = row_weights = topk_idx = topk_weights = None
+        floats: Any = whole.view(torch.float32) if template.num_scales or shape.is_fresh else None
         if template.num_scales:
-            scales = _view(whole, int(landing.scales), torch.float32, num_rows, template.num_scales)
+            scales = _view(floats, landing.scales, num_rows, template.num_scales)
         if shape.is_fresh and shape.layout == "grouped":
-            row_weights = _view(whole, int(landing.weights), torch.float32, num_rows, 1).view(-1)
+            row_weights = floats.as_strided((num_rows,), (1,), landing.weights // 4)
         elif shape.is_fresh:
-            topk_weights = _view(whole, int(landing.weights), torch.float32, num_rows, num_topk)
-            topk_idx = _view(whole, int(landing.topk_idx), torch.int64, num_rows, num_topk)
+            topk_weights = _view(floats, landing.weights, num_rows, num_topk)
+            topk_idx = _view(whole.view(torch.int64), landing.topk_idx, num_rows, num_topk)
         handle = pending.public_handle or Handle(native, Layout(native.layout), self._queue.runtime_id)
         return Dispatched(x, scales, row_weights, topk_idx, topk_weights, handle.num_tokens_per_expert, handle)
 
-    def _make(self, call: DispatchCall) -> tuple[PendingOp, _Shape]:
+    def _make(self, call: DispatchCall) -> PendingOp:
         queue, config, handle, fp8 = self._queue, self._queue.config, call.handle, call.fp8
         native: CudaHandle | None = None
         if handle is not None:
@@ -217,11 +219,11 @@ class DispatchOps:
         params.routes = native.routes_address
         params.tables = exchange.tables = native.tables
         pending = PendingOp("dispatch" if shape.is_fresh else "cached_dispatch", queue.runtime_id, exchange)
-        pending.shape, pending.handle, pending.public_handle = shape, native, handle
+        pending.template, pending.handle, pending.public_handle = template, native, handle
         pending.is_lazy, pending.data = capacity != 0, template.kernel
         pending.inputs = (x, scales, topk_idx, topk_weights, handle)
         pending.grant_bytes = self._needed_bytes(shape, template, native)
-        return pending, shape
+        return pending
 
     def _check_options(self, call: DispatchCall) -> tuple[str, int, int]:
         config, layout = self._queue.config, call.layout
@@ -281,5 +283,6 @@ class DispatchOps:
         return handle
 
 
-def _view(whole: Any, offset: int, dtype: torch.dtype, rows: int, columns: int) -> Any:
-    return whole[offset : offset + rows * columns * dtype.itemsize].view(dtype).view(rows, columns)
+def _view(whole: Any, offset: int, rows: int, columns: int) -> Any:
+    """`offset` is in bytes."""
+    return whole.as_strided((rows, columns), (columns, 1), offset // whole.element_size())

@@ -30,7 +30,7 @@ def _on_device(method: Callable[..., _T]) -> Callable[..., _T]:
 
     @functools.wraps(method)
     def call(self: CudaEngine, argument: Any) -> _T:
-        if torch.cuda.current_device() == self.device.index:
+        if torch._C._cuda_getDevice() == self.device.index:
             return method(self, argument)
         with torch.cuda.device(self.device):
             return method(self, argument)
@@ -65,7 +65,7 @@ class CudaEngine(OpQueue):
     def dispatch(self, call: DispatchCall) -> Dispatched:
         if call.regime == "latency":
             return self._latency.dispatch(call)
-        return self.dispatch_recv(self._dispatches.issue(call, is_split=False))
+        return self._take_dispatch(self._dispatches.issue(call, is_split=False))
 
     @_on_device
     def dispatch_send(self, call: DispatchCall) -> PendingOp | PendingLatency:
@@ -78,6 +78,9 @@ class CudaEngine(OpQueue):
         if isinstance(pending, PendingLatency):
             result: Dispatched = self._latency.receive(pending, "latency dispatch")
             return result
+        return self._take_dispatch(pending)
+
+    def _take_dispatch(self, pending: Any) -> Dispatched:
         self.finish(pending, ("dispatch", "cached_dispatch"))
         return self._dispatches.result(pending)
 

@@ -252,11 +252,11 @@ class LatencyOps:
 
     def _check_combine(self, call: CombineCall, native: LatencyHandle) -> tuple[Any, Any]:
         queue = self._queue
-        dims = (("capacity", native.num_rows), ("hidden", queue.config.hidden))
-        y = check_tensor(call.y, "y", queue.device, (torch.bfloat16,), dims)
+        sizes = (native.num_rows, queue.config.hidden)
+        y = check_tensor(call.y, "y", queue.device, (torch.bfloat16,), ("capacity", "hidden"), sizes)
         weights = call.weights
         if weights is not None:
-            weights = check_tensor(weights, "weights", queue.device, (torch.float32,), dims[:1])
+            weights = check_tensor(weights, "weights", queue.device, (torch.float32,), ("capacity",), sizes[:1])
         if call.weight_grads is not None:
             raise ConfigError("the latency regime has no gradients")
         return y, weights

@@ -26,8 +26,10 @@ MAX_SHARED_BYTES = 226 * 1024  # dynamic, of one block on compute capability 9.0
 STAGES = 4  # kStages in native/cuda
 LATENCY_WARPS = 12  # of a block in the latency regime: a part of a row each
 MAX_PARTS = 16  # of a row there, kMaxParts in native/cuda/latency.cuh
+_COUNT_WORDS = 16  # kCountWords in native/cuda/count.cuh
 _WARP_ALIGNMENT = 128  # RowPipe::kAlignment
 _MAX_COMBINE_PIECE = 7 * 512  # kVectors in native/cuda/combine.cu: what a warp sums in registers
+_SCALES_OF_BULK = 4  # scales of pieces that have a multiple of so many are copied in bulk, see Caster in carrier.cuh
 _GOOD_UNIT = 512  # pieces that are multiples of this start on whole lines: a third slower otherwise
 
 
@@ -38,16 +40,20 @@ class Tuning:
     Attributes:
         dispatch_warps: of a block; shared memory is divided among them.
         push_warps: of these, how many push before they help to expand.
-        busy_push_warps: likewise where a row is cast, or has no copies to make (layout "rows").
+        cast_push_warps: likewise where rows are cast.
+        rows_push_warps: likewise in layout "rows", which has no copies to make.
         combine_warps: of a block.
         final_warps: of these, how many sum own tokens from the start.
+        rows_final_warps: likewise in layout "rows", where an expert rank has one row per record to move.
     """
 
     dispatch_warps: int = 14
     push_warps: int = 7
-    busy_push_warps: int = 12
+    cast_push_warps: int = 12
+    rows_push_warps: int = 14
     combine_warps: int = 15
-    final_warps: int = 3
+    final_warps: int = 2
+    rows_final_warps: int = 7
 
 
 def _table_bytes(lanes: int, rows: int) -> int:
@@ -91,8 +97,10 @@ def plan_dispatch(in_row_bytes: int, tuning: Tuning, *, cast_element_bytes: int 
         ConfigError: rows are no multiple of 16 bytes, or there are too many warps.
     """
     unit = SCALE_BLOCK * cast_element_bytes if cast_element_bytes else min(_GOOD_UNIT, align_up(in_row_bytes, 16))
+    if cast_element_bytes and in_row_bytes % (_SCALES_OF_BULK * unit) == 0:
+        unit *= _SCALES_OF_BULK
     for piece in _pieces(in_row_bytes, unit, in_row_bytes + unit):
-        cast = STAGES * 32 * 8 + align_up(piece // 64, 16) if cast_element_bytes else 0
+        cast = STAGES * (32 * 8 + align_up(piece // 64, 16)) if cast_element_bytes else 0
         of_warp = align_up(STAGES * piece + _table_bytes(32, 8) + cast, _WARP_ALIGNMENT)
         shared_bytes = tuning.dispatch_warps * of_warp
         if shared_bytes <= MAX_SHARED_BYTES:
@@ -129,8 +137,9 @@ def plan_latency(row_bytes: int, *, cast_element_bytes: int = 0) -> tuple[Launch
     return launches
 
 
-def settle_bytes(num_experts: int, num_ranks: int, count_blocks: int, warps: int) -> int:
-    """Dynamic shared memory for the head of an operation: what a block counts in, and Ledger in native/cuda/agree.cuh.
+def settle_bytes(num_experts: int, num_ranks: int, count_blocks: int = 0, tokens_per_block: int = 0) -> int:
+    """Dynamic shared memory for the head of an operation: what a block counts in, TokenBits in native/cuda/count.cuh,
+    then Ledger in native/cuda/agree.cuh.
 
     Raises:
         ConfigError: more than a block has.
@@ -138,7 +147,8 @@ def settle_bytes(num_experts: int, num_ranks: int, count_blocks: int, warps: int
     columns = num_experts + num_ranks
     ledger = num_ranks * (sizeof(ExchangeHeader) // 4) + (count_blocks + num_ranks) * columns
     ledger += num_experts + num_ranks**2 + num_ranks
-    total = 4 * max(warps * columns if count_blocks else 0, ledger)
+    words = min(_COUNT_WORDS, -(-tokens_per_block // 32))
+    total = 4 * max((1 + 2 * words) * columns if count_blocks else 0, ledger)
     if total > MAX_SHARED_BYTES:
         raise ConfigError(
             f"num_experts={num_experts} over num_ranks={num_ranks}, counted by {count_blocks} blocks, needs {total} "

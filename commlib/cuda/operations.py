@@ -61,7 +61,7 @@ class PendingOp:
     Attributes:
         exchange: what all ranks must agree on.
         data: the kernel that moves rows, if any.
-        shape: of a dispatch.
+        template: of a dispatch: what its results look like.
         grant_bytes: room in the own heap that it needs; None = all there is, the size becomes known on the way.
         is_lazy: nobody waits for its verdict; a refusal is raised by a later call.
     """
@@ -70,7 +70,7 @@ class PendingOp:
     runtime_id: int
     exchange: ExchangeCall
     data: KernelCall | None = None
-    shape: Any = None
+    template: Any = None
     grant_bytes: int | None = 0
     is_lazy: bool = False
     is_split: bool = False

@@ -68,7 +68,7 @@ class OpQueue:
             regions = Regions(config, boot.size)
             heap_bytes = config.arena_bytes or default_heap_bytes(config, boot.size)
             self._kernels = load_executor_kernels(has_latency=config.decode_tokens is not None)
-            self._settle_bytes = settle_bytes(config.num_experts, boot.size, 0, EXCHANGE_THREADS // 32)
+            self._settle_bytes = settle_bytes(config.num_experts, boot.size)
             self.arena = Arena(boot, self._page, regions, heap_bytes, connect_timeout_s)
             self._stream: Any = torch.cuda.Stream(priority=-1)  # type: ignore[no-untyped-call]
             self.buffers = Buffers(config, boot.size, max(self.num_sms, self.num_local_sms), self.device)

@@ -71,10 +71,10 @@ struct NoTransform {
   __device__ uint32_t operator()(uint8_t*, uint32_t bytes, int) const { return bytes; }
 };
 
-// A warp's stages. Pieces are loaded kStages - 1 ahead and stored in the order of loading. Every
-// stored piece is one bulk group of every lane, so groups count pieces. kLanes: lanes that may have
-// a target.
-template <int kStages, int kLanes>
+// A warp's stages. Pieces are loaded up to kAhead ahead and stored in the order of loading; the
+// other stages hold what stores still read. Every stored piece is one bulk group of every lane, so
+// groups count pieces. kLanes: lanes that may have a target.
+template <int kStages, int kAhead, int kLanes>
 struct RowPipe {
   static constexpr uint32_t kTableBytes = kStages * (kLanes * 8 + 8 + 4);
   // Of the memory of a warp: bulk copies from and to stages that start elsewhere took a quarter
@@ -107,12 +107,12 @@ struct RowPipe {
   // size.
   template <typename Transform>
   __device__ void make_room(Transform& transform) {
-    if (loaded - stored == kStages - 1) store_oldest(transform);
+    if (loaded - stored == kAhead) store_oldest(transform);
   }
 
   __device__ void put(const uint8_t* from, uint32_t bytes, uint64_t target) {
-    // The stage was stored from two groups ago.
-    bulk_wait_read<1>();
+    // Of the groups that are newer than the one that stored from this stage.
+    bulk_wait_read<kStages - kAhead>();
     const uint32_t stage = loaded % kStages;
     if (lane_id() < kLanes) targets[stage * kLanes + lane_id()] = target;
     if (lane_id() == 0) lengths[stage] = bytes;

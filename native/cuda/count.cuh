@@ -5,7 +5,8 @@
 
 namespace commlib::cuda {
 
-constexpr int kPrefetch = 8;  // tokens whose choices a warp loads ahead
+constexpr uint32_t kCountWords = 16;  // of 32 tokens each: what a block counts at once
+constexpr int kSlots = 4;             // of a thread whose loads are under way together
 
 // A rank whose host rejected the call publishes no counts.
 __device__ inline bool has_counts(const ExchangeCall& call) {
@@ -17,100 +18,106 @@ __device__ inline void report(const Mesh& mesh, uint32_t index, Status status) {
             static_cast<unsigned long long>(index) << 8 | status);
 }
 
-// One token: its slots get their place among the warp's tokens, in token order.
-__device__ inline void count_token(const Mesh& mesh, const ExchangeCall& call,
-                                   uint32_t* warp_counts, uint32_t token, int64_t expert,
-                                   float weight) {
-  const int lane = lane_id();
-  const int num_topk = mesh.num_topk;
-  const uint32_t index = token * uint32_t(num_topk) + uint32_t(lane);
-  const bool is_slot = lane < num_topk && expert != -1;
-  const bool is_valid = is_slot && expert >= 0 && expert < mesh.num_experts;
-  const uint32_t same = __match_any_sync(0xffffffffu, is_valid ? int(expert) : -1 - lane);
-  if (is_slot && !is_valid) report(mesh, index, kBadExpert);
-  if (is_valid && __ffs(int(same)) - 1 != lane) report(mesh, index, kDuplicate);
-  if (is_valid && !isfinite(weight)) report(mesh, index, kBadWeight);
+// Tokens that a block counts at once, as words of a bit per token, for every expert and every rank.
+// commlib/cuda/launch.py knows the size of it.
+struct TokenBits {
+  uint32_t columns, words;
+  uint32_t* base;    // [column] tokens before these
+  uint32_t* bits;    // [word][column]
+  uint32_t* before;  // [word][column] tokens before the word's
 
-  const int rank = is_valid ? int(expert) / mesh.experts_per_rank : -1 - lane;
-  const int leader = __ffs(int(__match_any_sync(0xffffffffu, rank))) - 1;
-  uint32_t in_expert = 0, in_rank = 0;
-  if (is_valid) in_expert = warp_counts[expert]++;  // experts of a token differ
-  if (is_valid && leader == lane) in_rank = warp_counts[mesh.num_experts + rank]++;
-  in_rank = __shfl_sync(0xffffffffu, in_rank, leader);
-  if (lane < num_topk) call.slots[index] = make_uint2(in_expert, in_rank);
-  __syncwarp();
-}
+  __device__ TokenBits(const Mesh& mesh, const ExchangeCall& call, uint32_t* memory)
+      : columns(uint32_t(mesh.num_experts + mesh.num_ranks)),
+        words(min(kCountWords, (call.tokens_per_block + 31) / 32)),
+        base(memory),
+        bits(base + columns),
+        before(bits + words * columns) {}
 
-struct TokenRange {
-  uint32_t begin, end;
+  // How many tokens with this column come before bit `token`.
+  __device__ uint32_t place(uint32_t token, uint32_t column) const {
+    const uint32_t at = token / 32 * columns + column;
+    return before[at] + uint32_t(__popc(bits[at] & ((1u << token % 32) - 1)));
+  }
 };
 
-__device__ inline TokenRange tokens_of_warp(const ExchangeCall& call) {
-  const uint32_t warps = blockDim.x / 32;
-  const uint32_t per_warp = (call.tokens_per_block + warps - 1) / warps;
-  const uint32_t block_begin = blockIdx.x * call.tokens_per_block;
-  const uint32_t block_end = min(block_begin + call.tokens_per_block, call.num_tokens);
-  const uint32_t begin = block_begin + uint32_t(warp_id()) * per_warp;
-  return {min(begin, block_end), min(begin + per_warp, block_end)};
+// An expert that a token names twice: where it does for the second time.
+__device__ inline void report_duplicate(const Mesh& mesh, const ExchangeCall& call, uint32_t index,
+                                        int64_t expert) {
+  const uint32_t first = index / uint32_t(mesh.num_topk) * uint32_t(mesh.num_topk);
+  int seen = 0;
+  for (uint32_t i = first; i < first + uint32_t(mesh.num_topk); ++i)
+    if (call.topk_idx[i] == expert && ++seen == 2) report(mesh, i, kDuplicate);
 }
 
-// Role of every block: counts of its tokens, and each slot's place among them.
-__device__ inline void count_tokens(const Mesh& mesh, const ExchangeCall& call, uint32_t* counts) {
-  const int columns = mesh.num_experts + mesh.num_ranks;
-  const int warps = int(blockDim.x / 32);
-  for (int i = int(threadIdx.x); i < columns * warps; i += int(blockDim.x)) counts[i] = 0;
-  __syncthreads();
+// One slot: its token's bit for the expert and for the expert's rank.
+__device__ inline void mark_slot(const Mesh& mesh, const ExchangeCall& call, const TokenBits& marks,
+                                 uint32_t first, uint32_t slot, int64_t expert, float weight) {
+  if (expert == -1) return;
+  const uint32_t index = first + slot;
+  if (expert < 0 || expert >= mesh.num_experts) return report(mesh, index, kBadExpert);
+  if (!isfinite(weight)) report(mesh, index, kBadWeight);
+  const uint32_t token = slot / uint32_t(mesh.num_topk), bit = 1u << token % 32;
+  uint32_t* word = marks.bits + token / 32 * marks.columns;
+  if ((atomicOr(word + expert, bit) & bit) != 0) report_duplicate(mesh, call, index, expert);
+  atomicOr(word + mesh.num_experts + int(expert) / mesh.experts_per_rank, bit);
+}
 
-  uint32_t* own = counts + warp_id() * columns;
-  const TokenRange range = tokens_of_warp(call);
-  const int lane = lane_id();
-  for (uint32_t first = range.begin; first < range.end; first += kPrefetch) {
-    int64_t experts[kPrefetch];
-    float weights[kPrefetch];
+// Calls `act(slot, expert, weight)` for slots [0, end) from `first` on, one thread each.
+template <typename Act>
+__device__ inline void for_slots(const ExchangeCall& call, uint32_t first, uint32_t end, Act act) {
+  for (uint32_t start = threadIdx.x; start < end; start += kSlots * blockDim.x) {
+    int64_t experts[kSlots];
+    float weights[kSlots];
 #pragma unroll
-    for (int i = 0; i < kPrefetch; ++i) {
-      const bool is_there = first + i < range.end && lane < mesh.num_topk;
-      const uint64_t index = uint64_t(first + i) * mesh.num_topk + lane;
-      experts[i] = is_there ? call.topk_idx[index] : -1;
-      weights[i] = is_there && call.topk_weights != nullptr ? call.topk_weights[index] : 1.0f;
+    for (int i = 0; i < kSlots; ++i) {
+      const uint32_t slot = start + i * blockDim.x;
+      experts[i] = slot < end ? call.topk_idx[first + slot] : -1;
+      weights[i] =
+          slot < end && call.topk_weights != nullptr ? call.topk_weights[first + slot] : 1.0f;
     }
 #pragma unroll
-    for (int i = 0; i < kPrefetch; ++i)
-      if (first + i < range.end) count_token(mesh, call, own, first + i, experts[i], weights[i]);
+    for (int i = 0; i < kSlots; ++i)
+      if (start + i * blockDim.x < end) act(start + i * blockDim.x, experts[i], weights[i]);
+  }
+}
+
+// Role of every block: counts of its tokens, and each slot's place among them, in token order.
+__device__ inline void count_tokens(const Mesh& mesh, const ExchangeCall& call, uint32_t* memory) {
+  const TokenBits marks(mesh, call, memory);
+  const uint32_t num_topk = uint32_t(mesh.num_topk), thread = threadIdx.x, step = blockDim.x;
+  for (uint32_t c = thread; c < marks.columns; c += step) marks.base[c] = 0;
+  const uint32_t block_begin = blockIdx.x * call.tokens_per_block;
+  const uint32_t block_end = min(block_begin + call.tokens_per_block, call.num_tokens);
+  for (uint32_t begin = block_begin; begin < block_end; begin += 32 * marks.words) {
+    const uint32_t end = min(32 * marks.words, block_end - begin) * num_topk;
+    const uint32_t first = begin * num_topk;
+    for (uint32_t i = thread; i < marks.words * marks.columns; i += step) marks.bits[i] = 0;
+    __syncthreads();
+    for_slots(call, first, end, [&](uint32_t slot, int64_t expert, float weight) {
+      mark_slot(mesh, call, marks, first, slot, expert, weight);
+    });
+    __syncthreads();
+    for (uint32_t c = thread; c < marks.columns; c += step) {
+      uint32_t sum = marks.base[c];
+      for (uint32_t at = c; at < marks.words * marks.columns; at += marks.columns) {
+        marks.before[at] = sum;
+        sum += uint32_t(__popc(marks.bits[at]));
+      }
+      marks.base[c] = sum;
+    }
+    __syncthreads();
+    for_slots(call, first, end, [&](uint32_t slot, int64_t expert, float) {
+      if (expert < 0 || expert >= mesh.num_experts) return;
+      const uint32_t token = slot / num_topk;
+      const int rank = int(expert) / mesh.experts_per_rank;
+      call.slots[first + slot] = make_uint2(marks.place(token, uint32_t(expert)),
+                                            marks.place(token, uint32_t(mesh.num_experts + rank)));
+    });
+    __syncthreads();
   }
   __syncthreads();
-
-  // Counts of the warps below, in place, and of the whole block.
-  for (int c = int(threadIdx.x); c < columns; c += int(blockDim.x)) {
-    uint32_t sum = 0;
-    for (int w = 0; w < warps; ++w) {
-      const uint32_t count = counts[w * columns + c];
-      counts[w * columns + c] = sum;
-      sum += count;
-    }
-    call.block_base[blockIdx.x * columns + c] = sum;
-  }
-  __syncthreads();
-
-  const uint32_t num_topk = uint32_t(mesh.num_topk);
-  const uint32_t end = range.end * num_topk;
-  for (uint32_t first = range.begin * num_topk + lane; first < end; first += 32 * kPrefetch) {
-    int64_t experts[kPrefetch];
-    uint2 slots[kPrefetch];
-#pragma unroll
-    for (int i = 0; i < kPrefetch; ++i) {
-      experts[i] = -1;
-      if (first + i * 32 < end)
-        experts[i] = call.topk_idx[first + i * 32], slots[i] = call.slots[first + i * 32];
-    }
-#pragma unroll
-    for (int i = 0; i < kPrefetch; ++i) {
-      if (experts[i] < 0 || experts[i] >= mesh.num_experts) continue;
-      slots[i].x += own[experts[i]];
-      slots[i].y += own[mesh.num_experts + experts[i] / mesh.experts_per_rank];
-      call.slots[first + i * 32] = slots[i];
-    }
-  }
+  for (uint32_t c = thread; c < marks.columns; c += step)
+    call.block_base[blockIdx.x * marks.columns + c] = marks.base[c];
 }
 
 }  // namespace commlib::cuda

@@ -1,11 +1,12 @@
-// Carries every token to the ranks of its experts: push (own rows out), zero_padding and expand
-// (rows that came, to their other slots). Push waits for nobody, so every expand is served.
+// Carries every token to the ranks of its experts: push (own rows out), then, of rows that came,
+// zero_padding and expand (to their other slots) or list_experts. Push waits for nobody, so every
+// expand is served.
 #include "cuda/expand.cuh"
 #include "cuda/settle.cuh"
 
 namespace commlib::cuda {
 
-extern "C" __global__ void __launch_bounds__(512, 1)
+extern "C" __global__ void __launch_bounds__(448, 1)
     dispatch(const __grid_constant__ Mesh mesh, const __grid_constant__ ExchangeCall exchange,
              const __grid_constant__ DispatchCall call) {
   extern __shared__ __align__(128) uint8_t memory[];
@@ -19,7 +20,10 @@ extern "C" __global__ void __launch_bounds__(512, 1)
   const Share share = share_of_padding(call);
   if (call.layout == kGrouped && share.has_part) zero_padding(mesh, call, own, share);
   if (call.capacity != 0 && call.topk_idx != nullptr) clear_tail(mesh, call);
-  expand(mesh, call, own);
+  if (call.layout == kGrouped)
+    expand(mesh, call, own);
+  else
+    list_experts(mesh, call);
 }
 
 }  // namespace commlib::cuda

@@ -72,30 +72,73 @@ __device__ inline void clear_tail(const Mesh& mesh, const DispatchCall& call) {
   }
 }
 
+// Without what belongs to other ranks; expert ids become local.
+__device__ inline RecordEntry localize(const Mesh& mesh, RecordEntry entry) {
+  if (entry.expert < 0 || entry.expert / mesh.experts_per_rank != mesh.rank) return {-1, -1, 0.0f};
+  entry.expert -= mesh.rank * mesh.experts_per_rank;
+  return entry;
+}
+
 // A lane's slot of one record; expert -1 where the lane has none on this rank.
 __device__ inline RecordEntry local_entry(const Mesh& mesh, const uint8_t* record) {
-  RecordEntry entry{-1, -1, 0.0f};
-  if (lane_id() < mesh.num_topk) entry = record_entries(record)[lane_id()];
-  const int per_rank = mesh.experts_per_rank;
-  if (entry.expert < 0 || entry.expert / per_rank != mesh.rank) return {-1, -1, 0.0f};
-  entry.expert -= mesh.rank * per_rank;
-  return entry;
+  if (lane_id() >= mesh.num_topk) return {-1, -1, 0.0f};
+  return localize(mesh, record_entries(record)[lane_id()]);
+}
+
+// Which record a lane of a ticket has: sources take turns, this rank first. kNoRecord: it has none.
+// False: it has not come, and the Runtime is faulty.
+__device__ inline bool wait_record(const Mesh& mesh, uint32_t ticket, bool is_used,
+                                   uint32_t* source, uint32_t* index) {
+  const uint32_t ranks = uint32_t(mesh.num_ranks), number = (ticket + uint32_t(lane_id())) / ranks;
+  *source = (uint32_t(mesh.rank) + ticket + uint32_t(lane_id())) % ranks;
+  const Plan& plan = mesh.workspace->plan;
+  const PeerPlan& peer = plan.peer[*source];
+  *index = kNoRecord;
+  if (!is_used || number >= peer.num_from) return true;
+  *index = peer.first_from + number;
+  const uint32_t* flag = at<uint32_t>(mesh, mesh.rank, mesh.dispatch_arrived) +
+                         uint64_t(*source) * mesh.max_tokens + number;
+  return wait_arrived(mesh, flag, plan.epoch, kExpand, int(*source));
+}
+
+__device__ inline uint32_t num_tickets(const Mesh& mesh) {
+  const Plan& plan = mesh.workspace->plan;
+  const int lane = lane_id();
+  return uint32_t(mesh.num_ranks) *
+         __reduce_max_sync(0xffffffffu, lane < mesh.num_ranks ? plan.peer[lane].num_from : 0u);
+}
+
+// Role, layout "rows": the experts and weights of every record that comes, a record a lane. It also
+// keeps the kernel alive until every row is here.
+__device__ inline void list_experts(const Mesh& mesh, const DispatchCall& call) {
+  const Plan& plan = mesh.workspace->plan;
+  const uint8_t* records = call.records != nullptr ? call.records : plan.records;
+  const uint32_t num_topk = uint32_t(mesh.num_topk), end = num_tickets(mesh);
+  Tickets tickets(&mesh.workspace->next_expand, 32);
+  for (uint32_t ticket = tickets.take(); ticket < end; ticket = tickets.take()) {
+    uint32_t source, index;
+    if (!__all_sync(0xffffffffu, wait_record(mesh, ticket, true, &source, &index))) return;
+    if (call.topk_idx == nullptr) continue;
+#pragma unroll 4
+    for (uint32_t i = uint32_t(lane_id()); i < 32 * num_topk; i += 32) {
+      const uint32_t record = __shfl_sync(0xffffffffu, index, int(i / num_topk)),
+                     slot = i % num_topk;
+      if (record == kNoRecord) continue;
+      const uint8_t* from = records + uint64_t(record) * record_bytes(mesh.num_topk);
+      const RecordEntry entry = localize(mesh, record_entries(from)[slot]);
+      plan.topk_idx[uint64_t(record) * num_topk + slot] = entry.expert;
+      plan.weights[uint64_t(record) * num_topk + slot] = entry.weight;
+    }
+  }
 }
 
 // One record that came: weights to the caller, the row to its other slots.
 __device__ inline void expand_record(const Mesh& mesh, const DispatchCall& call, WarpMemory& own,
-                                     bool is_own, uint64_t index, const RecordEntry& entry) {
+                                     bool is_own, const RecordEntry& entry) {
   const int lane = lane_id();
   const Plan& plan = mesh.workspace->plan;
-  const bool is_fresh = call.topk_idx != nullptr;
-  if (call.layout == kRows) {
-    if (!is_fresh || lane >= mesh.num_topk) return;
-    plan.topk_idx[index * mesh.num_topk + lane] = entry.expert;
-    plan.weights[index * mesh.num_topk + lane] = entry.weight;
-    return;
-  }
   const bool is_here = entry.expert >= 0;
-  if (is_fresh && is_here) plan.weights[entry.row] = entry.weight;
+  if (call.topk_idx != nullptr && is_here) plan.weights[entry.row] = entry.weight;
   const uint32_t here = __ballot_sync(0xffffffffu, is_here);
   if (is_own || __popc(here) < 2) return;  // push wrote all slots of own rows
   const int first = __ffs(int(here)) - 1;
@@ -118,30 +161,19 @@ __device__ inline void expand_record(const Mesh& mesh, const DispatchCall& call,
   }
 }
 
-// Role: every record that comes, in the order of the sources' tokens, sources taking turns. It also
+// Role, layout "grouped": every record that comes, in the order of the sources' tokens. It also
 // keeps the kernel alive until every row is here.
 __device__ inline void expand(const Mesh& mesh, const DispatchCall& call, WarpMemory& own) {
-  const int lane = lane_id();
-  const uint32_t ranks = uint32_t(mesh.num_ranks);
   const Plan& plan = mesh.workspace->plan;
   const uint8_t* records = call.records != nullptr ? call.records : plan.records;
-  const uint32_t most =
-      __reduce_max_sync(0xffffffffu, lane < mesh.num_ranks ? plan.peer[lane].num_from : 0u);
+  const uint32_t end = num_tickets(mesh);
   Tickets tickets(&mesh.workspace->next_expand, kExpandBatch);
-  for (uint32_t ticket = tickets.take(); ticket < most * ranks; ticket = tickets.take()) {
-    uint32_t source = (uint32_t(mesh.rank) + ticket + uint32_t(lane)) % ranks;
-    const uint32_t number = (ticket + uint32_t(lane)) / ranks;
-    const bool is_there = lane < kExpandBatch && number < plan.peer[source].num_from;
-    bool has_come = true;
-    if (is_there)
-      has_come = wait_arrived(mesh,
-                              at<uint32_t>(mesh, mesh.rank, mesh.dispatch_arrived) +
-                                  uint64_t(source) * mesh.max_tokens + number,
-                              plan.epoch, kExpand, int(source));
+  for (uint32_t ticket = tickets.take(); ticket < end; ticket = tickets.take()) {
+    uint32_t source, index;
+    const bool has_come = wait_record(mesh, ticket, lane_id() < kExpandBatch, &source, &index);
     if (!__all_sync(0xffffffffu, has_come)) break;
     fence_async_global();  // what the acquire made visible, before the bulk loads below
     __syncwarp();
-    uint32_t index = is_there ? plan.peer[source].first_from + number : kNoRecord;
     RecordEntry entries[kExpandBatch];
     uint32_t indices[kExpandBatch];
 #pragma unroll
@@ -154,7 +186,7 @@ __device__ inline void expand(const Mesh& mesh, const DispatchCall& call, WarpMe
 #pragma unroll
     for (int i = 0; i < kExpandBatch; ++i) {
       const bool is_own = int(__shfl_sync(0xffffffffu, source, i)) == mesh.rank;
-      if (indices[i] != kNoRecord) expand_record(mesh, call, own, is_own, indices[i], entries[i]);
+      if (indices[i] != kNoRecord) expand_record(mesh, call, own, is_own, entries[i]);
     }
   }
   NoTransform as_it_is;

@@ -37,8 +37,9 @@ __device__ void final_reduce(const Mesh& mesh, const CombineCall& call, WarpMemo
     const Route next_route = load_route(mesh, call, next_token);
     const uint32_t same = __match_any_sync(0xffffffffu, route.rank >= 0 ? route.rank : -1 - lane);
     const bool is_first = route.rank >= 0 && __ffs(int(same)) - 1 == lane;
+    const bool is_own = is_own_row_partial(call) && route.rank == mesh.rank;
     bool has_come = true;
-    if (is_first)
+    if (is_first && !is_own)
       has_come = wait_arrived(mesh,
                               at<uint32_t>(mesh, mesh.rank, mesh.combine_arrived) +
                                   uint64_t(route.rank) * mesh.max_tokens + route.record,
@@ -47,12 +48,18 @@ __device__ void final_reduce(const Mesh& mesh, const CombineCall& call, WarpMemo
     fence_async_global();  // what the acquire made visible, before the bulk loads
     __syncwarp();
     const uint8_t* partial = nullptr;
-    if (route.rank >= 0)
+    const float* grads = nullptr;
+    if (is_own) {
+      partial = call.y + uint64_t(route.row) * call.row_bytes;
+      if (call.weight_grads != nullptr)
+        grads = call.weight_grads + uint64_t(route.row) * uint64_t(mesh.num_topk);
+    } else if (route.rank >= 0) {
       partial = plan.peer[route.rank].partial_in + uint64_t(route.record) * call.slot_bytes;
+      grads = reinterpret_cast<const float*>(partial + call.row_bytes);
+    }
     if (call.out_weight_grads != nullptr && lane < mesh.num_topk)
       call.out_weight_grads[uint64_t(token) * mesh.num_topk + lane] =
-          partial == nullptr ? 0.0f
-                             : reinterpret_cast<const float*>(partial + call.row_bytes)[lane];
+          grads == nullptr ? 0.0f : grads[lane];
     int from = 0;
     const int count = order_lanes(is_first ? route.rank : kNothing, &from);
     const uint64_t term = __shfl_sync(0xffffffffu, reinterpret_cast<uint64_t>(partial), from);

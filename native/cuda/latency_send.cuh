@@ -164,7 +164,7 @@ __device__ inline void load_part(const LatencyRegions& regions, const LatencyDis
 __device__ inline void send_rows(const Mesh& mesh, const LatencyRegions& regions,
                                  const LatencyDispatchCall& call, const Choices& choices,
                                  WarpMemory& own, PartTasks tasks, SendTask task, uint64_t epoch) {
-  const Caster caster{call.cast, call.dtype, own};
+  const Caster caster(call, own);
   const Flags flags = row_flags(regions);
   while (tasks.has_one()) {
     tasks.next();

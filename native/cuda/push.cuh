@@ -6,37 +6,68 @@
 
 namespace commlib::cuda {
 
-__device__ inline Route make_route(const Mesh& mesh, const DispatchCall& call, uint32_t token) {
-  Route route{-1, -1, -1, -1};
+// A token on its way to being pushed: what a lane's slot says, then where that leads. Each step
+// only uses what the one before has loaded, a turn earlier, so that a warp waits for no load.
+struct Pick {
+  uint32_t token;
+  int4 words;  // fresh: expert (64 bits), place among its block's tokens; by handle: the route
+  float weight;
+};
+
+struct Place {
+  int rank;
+  uint32_t row, record;  // first of the token's block
+};
+
+__device__ inline Pick pick_token(const Mesh& mesh, const DispatchCall& call, uint32_t token) {
+  Pick pick{token, {-1, -1, -1, -1}, 1.0f};
   const int lane = lane_id();
-  if (lane >= mesh.num_topk || token >= call.num_tokens) return route;
+  if (lane >= mesh.num_topk || token >= call.num_tokens) return pick;
   const uint64_t index = uint64_t(token) * mesh.num_topk + lane;
-  if (call.topk_idx == nullptr) return call.routes[index];
-  const int64_t expert = call.topk_idx[index];
-  if (expert >= 0) {
-    const uint2 slot = call.slots[index];
-    const uint32_t* base =
-        call.block_base + token / call.tokens_per_block * (mesh.num_experts + mesh.num_ranks);
-    route.expert = int(expert);
-    route.rank = route.expert / mesh.experts_per_rank;
-    route.record = int(base[mesh.num_experts + route.rank] + slot.y);
-    route.row = call.layout == kRows
-                    ? int(mesh.workspace->plan.peer[route.rank].record_base) + route.record
-                    : int(base[expert] + slot.x);
+  if (call.topk_idx == nullptr) {
+    pick.words = reinterpret_cast<const int4*>(call.routes)[index];
+    return pick;
   }
-  call.routes[index] = route;
+  const int2 expert = reinterpret_cast<const int2*>(call.topk_idx)[index];
+  const uint2 slot = call.slots[index];
+  pick.words = make_int4(expert.x, expert.y, int(slot.x), int(slot.y));
+  if (call.topk_weights != nullptr) pick.weight = call.topk_weights[index];
+  return pick;
+}
+
+__device__ inline Place locate(const Mesh& mesh, const DispatchCall& call, const Pick& pick) {
+  const int expert = pick.words.x;
+  if (call.topk_idx == nullptr || expert < 0) return {-1, 0, 0};
+  const uint32_t block = pick.token / call.tokens_per_block;
+  const uint32_t* base = call.block_base + block * uint32_t(mesh.num_experts + mesh.num_ranks);
+  const int rank = expert / mesh.experts_per_rank;
+  const uint32_t row =
+      call.layout == kRows ? mesh.workspace->plan.peer[rank].record_base : base[expert];
+  return {rank, row, base[mesh.num_experts + rank]};
+}
+
+__device__ inline Route make_route(const Mesh& mesh, const DispatchCall& call, const Pick& pick,
+                                   const Place& place) {
+  if (call.topk_idx == nullptr) return {pick.words.x, pick.words.y, pick.words.z, pick.words.w};
+  Route route{-1, -1, -1, -1};
+  if (place.rank >= 0) {
+    const uint32_t record = place.record + uint32_t(pick.words.w);
+    route.expert = pick.words.x;
+    route.rank = place.rank;
+    route.record = int(record);
+    route.row = int(place.row + (call.layout == kRows ? record : uint32_t(pick.words.z)));
+  }
+  if (lane_id() < mesh.num_topk)
+    call.routes[uint64_t(pick.token) * mesh.num_topk + lane_id()] = route;
   return route;
 }
 
 // The record goes to each rank once, from lanes in parallel: header, then 3 words per slot.
 __device__ inline void write_records(const Mesh& mesh, const DispatchCall& call, uint32_t token,
-                                     const Route& route, uint32_t first_lanes) {
+                                     const Route& route, float own_weight, uint32_t first_lanes) {
   const int lane = lane_id(), num_topk = mesh.num_topk;
   const Plan& plan = mesh.workspace->plan;
-  float weight = 0.0f;
-  if (route.rank >= 0)
-    weight =
-        call.topk_weights == nullptr ? 1.0f : call.topk_weights[uint64_t(token) * num_topk + lane];
+  const float weight = route.rank >= 0 ? own_weight : 0.0f;
   const uint32_t bytes = uint32_t(record_bytes(num_topk));
   const uint32_t header[4] = {uint32_t(mesh.rank), token, uint32_t(num_topk), plan.epoch};
   for (uint32_t first = 0; first < bytes / 4; first += 32) {
@@ -66,22 +97,23 @@ __device__ inline void push(const Mesh& mesh, const DispatchCall& call, WarpMemo
   const int lane = lane_id();
   const Plan& plan = mesh.workspace->plan;
   const uint32_t pieces = (call.in_row_bytes + call.piece_bytes - 1) / call.piece_bytes;
-  const Caster caster{call.cast, call.dtype, own};
+  const Caster caster(call, own);
   const uint32_t shrink = call.in_row_bytes / call.row_bytes;
   const Flags flags{mesh.dispatch_arrived, uint32_t(mesh.max_tokens)};
   Tickets tickets(&mesh.workspace->next_push);
-  uint32_t next_token = tickets.take();
-  Route next_route = make_route(mesh, call, next_token);
-  while (next_token < call.num_tokens) {
-    const uint32_t token = next_token;
-    const Route route = next_route;
-    next_token = tickets.take();
-    next_route = make_route(mesh, call, next_token);
+  Pick pick = pick_token(mesh, call, tickets.take());
+  Pick next = pick_token(mesh, call, tickets.take()), after;
+  Place place = locate(mesh, call, pick), next_place;
+  for (; pick.token < call.num_tokens; pick = next, next = after, place = next_place) {
+    after = pick_token(mesh, call, tickets.take());
+    next_place = locate(mesh, call, next);
+    const uint32_t token = pick.token;
+    const Route route = make_route(mesh, call, pick, place);
     const uint32_t same = __match_any_sync(0xffffffffu, route.rank >= 0 ? route.rank : -1 - lane);
     const bool is_first = route.rank >= 0 && __ffs(int(same)) - 1 == lane;
     const uint32_t first_lanes = __ballot_sync(0xffffffffu, is_first);
     if (first_lanes == 0) continue;
-    if (call.topk_idx != nullptr) write_records(mesh, call, token, route, first_lanes);
+    if (call.topk_idx != nullptr) write_records(mesh, call, token, route, pick.weight, first_lanes);
 
     const bool is_own_slot = route.rank == mesh.rank && call.layout == kGrouped;
     const bool is_target = is_first || is_own_slot;

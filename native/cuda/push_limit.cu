@@ -16,9 +16,9 @@ extern "C" __global__ void __launch_bounds__(512, 1)
     push_limit(const __grid_constant__ PushLimitCall call) {
   extern __shared__ __align__(128) uint8_t memory[];
   const uint32_t warps = blockDim.x / 32, warp = uint32_t(warp_id());
-  RowPipe<4, 1> pipe;
+  RowPipe<4, 3, 1> pipe;
   const uint32_t warp_bytes = uint32_t(
-      align_up(4 * call.piece_bytes + RowPipe<4, 1>::kTableBytes, RowPipe<4, 1>::kAlignment));
+      align_up(4 * call.piece_bytes + RowPipe<4, 3, 1>::kTableBytes, RowPipe<4, 3, 1>::kAlignment));
   pipe.init(memory + warp * warp_bytes, call.piece_bytes);
   NoTransform as_it_is;
   for (uint32_t i = blockIdx.x + gridDim.x * warp; i < call.num_rows * call.num_peers;

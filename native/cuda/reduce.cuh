@@ -13,11 +13,12 @@ struct Turn {
   uint32_t index;  // among all records here
 };
 
-__device__ inline Turn turn_of(const Mesh& mesh, uint32_t ticket) {
+__device__ inline Turn turn_of(const Mesh& mesh, const CombineCall& call, uint32_t ticket) {
   const uint32_t ranks = uint32_t(mesh.num_ranks);
   Turn turn{(uint32_t(mesh.rank) + ticket) % ranks, ticket / ranks, false, 0};
   const PeerPlan& peer = mesh.workspace->plan.peer[turn.source];
-  turn.is_there = turn.number < peer.num_from;
+  const bool is_needed = !is_own_row_partial(call) || int(turn.source) != mesh.rank;
+  turn.is_there = turn.number < peer.num_from && is_needed;
   turn.index = peer.first_from + turn.number;
   return turn;
 }
@@ -33,7 +34,7 @@ struct Job {
 
 __device__ inline Job make_job(const Mesh& mesh, const CombineCall& call, uint32_t ticket) {
   Job job{ticket, -1, -1, 1.0f};
-  const Turn turn = turn_of(mesh, ticket);
+  const Turn turn = turn_of(mesh, call, ticket);
   if (!turn.is_there || lane_id() >= mesh.num_topk) return job;
   const RecordEntry* entry =
       record_entries(call.records + uint64_t(turn.index) * record_bytes(mesh.num_topk)) + lane_id();
@@ -89,7 +90,7 @@ __device__ void reduce(const Mesh& mesh, const CombineCall& call, WarpMemory& ow
   while (job.ticket < end) {
     const Job after = make_job(mesh, call, tickets.take());
     load_weight(mesh, call, next);
-    const Turn turn = turn_of(mesh, job.ticket);
+    const Turn turn = turn_of(mesh, call, job.ticket);
     if (turn.is_there) {
       reduce_record(mesh, call, own, sum, job, turn);
       own.announcer.add(Tellers::place(int(turn.source), int(turn.number)), own.pipe.loaded);

@@ -108,7 +108,7 @@ struct Summer {
   }
 };
 
-using Pipe = RowPipe<kStages, 1>;
+using Pipe = RowPipe<kStages, 3, 1>;
 using Tellers = Announcer<1, 4, 6, 16>;
 
 struct WarpMemory {
@@ -133,6 +133,12 @@ __device__ inline WarpMemory carve_sums(uint32_t piece_bytes, uint8_t* memory) {
   own.is_last = reinterpret_cast<uint32_t*>(mine + pipe_bytes + Tellers::kBytes);
   own.weights = reinterpret_cast<float*>(own.is_last + kStages);
   return own;
+}
+
+// A rank's row of an own token is its partial row as it stands: one row, nothing to multiply or to
+// round. It is read where the caller has it.
+__device__ inline bool is_own_row_partial(const CombineCall& call) {
+  return call.layout == kRows && call.weights == nullptr;
 }
 
 // Puts bytes [first, end) of the sum of the warp's terms on their way to `to`: lane i holds the

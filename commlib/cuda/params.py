@@ -122,7 +122,7 @@ class Workspace(ctypes.Structure):
                 "next_final",
                 "is_faulty",
                 "overflowed",
-                "reserved",
+                "next_own",
             )
         ),
         ("settled", c_uint64),

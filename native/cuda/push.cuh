@@ -46,8 +46,12 @@ __device__ inline Place locate(const Mesh& mesh, const DispatchCall& call, const
   return {rank, row, base[mesh.num_experts + rank]};
 }
 
+// To which ranks a pass over the own tokens pushes. Where there are blocks for local work only,
+// those that push do the others first, and the own rank is everybody's work.
+enum Reach : uint32_t { kEverybody, kOthers, kSelf };
+
 __device__ inline Route make_route(const Mesh& mesh, const DispatchCall& call, const Pick& pick,
-                                   const Place& place) {
+                                   const Place& place, Reach reach) {
   if (call.topk_idx == nullptr) return {pick.words.x, pick.words.y, pick.words.z, pick.words.w};
   Route route{-1, -1, -1, -1};
   if (place.rank >= 0) {
@@ -57,7 +61,7 @@ __device__ inline Route make_route(const Mesh& mesh, const DispatchCall& call, c
     route.record = int(record);
     route.row = int(place.row + (call.layout == kRows ? record : uint32_t(pick.words.z)));
   }
-  if (lane_id() < mesh.num_topk)
+  if (lane_id() < mesh.num_topk && reach != kSelf)
     call.routes[uint64_t(pick.token) * mesh.num_topk + lane_id()] = route;
   return route;
 }
@@ -93,14 +97,15 @@ __device__ inline void write_records(const Mesh& mesh, const DispatchCall& call,
 }
 
 // Role: each own row to each destination rank once, on the own rank to all its slots.
-__device__ inline void push(const Mesh& mesh, const DispatchCall& call, WarpMemory& own) {
+__device__ inline void push(const Mesh& mesh, const DispatchCall& call, WarpMemory& own,
+                            Reach reach) {
   const int lane = lane_id();
   const Plan& plan = mesh.workspace->plan;
   const uint32_t pieces = (call.in_row_bytes + call.piece_bytes - 1) / call.piece_bytes;
   const Caster caster(call, own);
   const uint32_t shrink = call.in_row_bytes / call.row_bytes;
   const Flags flags{mesh.dispatch_arrived, uint32_t(mesh.max_tokens)};
-  Tickets tickets(&mesh.workspace->next_push);
+  Tickets tickets(reach == kSelf ? &mesh.workspace->next_own : &mesh.workspace->next_push);
   Pick pick = pick_token(mesh, call, tickets.take());
   Pick next = pick_token(mesh, call, tickets.take()), after;
   Place place = locate(mesh, call, pick), next_place;
@@ -108,14 +113,16 @@ __device__ inline void push(const Mesh& mesh, const DispatchCall& call, WarpMemo
     after = pick_token(mesh, call, tickets.take());
     next_place = locate(mesh, call, next);
     const uint32_t token = pick.token;
-    const Route route = make_route(mesh, call, pick, place);
-    const uint32_t same = __match_any_sync(0xffffffffu, route.rank >= 0 ? route.rank : -1 - lane);
-    const bool is_first = route.rank >= 0 && __ffs(int(same)) - 1 == lane;
+    const Route route = make_route(mesh, call, pick, place, reach);
+    const bool is_reached =
+        route.rank >= 0 && (reach == kEverybody || (route.rank == mesh.rank) == (reach == kSelf));
+    const uint32_t same = __match_any_sync(0xffffffffu, is_reached ? route.rank : -1 - lane);
+    const bool is_first = is_reached && __ffs(int(same)) - 1 == lane;
     const uint32_t first_lanes = __ballot_sync(0xffffffffu, is_first);
     if (first_lanes == 0) continue;
     if (call.topk_idx != nullptr) write_records(mesh, call, token, route, pick.weight, first_lanes);
 
-    const bool is_own_slot = route.rank == mesh.rank && call.layout == kGrouped;
+    const bool is_own_slot = is_reached && route.rank == mesh.rank && call.layout == kGrouped;
     const bool is_target = is_first || is_own_slot;
     uint64_t target = 0, scale_target = 0;
     if (is_target) {

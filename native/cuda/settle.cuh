@@ -69,7 +69,8 @@ __device__ inline void conclude(const Mesh& mesh, const ExchangeCall& call, uint
   if (verdict == kOverflow) workspace.overflowed = 1;
   workspace.plan.go = verdict == kGo;
   workspace.plan.epoch = uint32_t(epoch);
-  workspace.next_push = workspace.next_expand = workspace.next_reduce = workspace.next_final = 0;
+  workspace.next_push = workspace.next_own = workspace.next_expand = workspace.next_reduce =
+      workspace.next_final = 0;
   workspace.epoch = epoch;
   call.result->verdict = verdict;
   fence_device();                            // what all threads of this block wrote

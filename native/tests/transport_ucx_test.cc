@@ -2,7 +2,10 @@
 // started again with --peer) that can be stopped and killed.
 #define DOCTEST_CONFIG_IMPLEMENT
 #include <doctest/doctest.h>
+#include <poll.h>
+#include <sys/uio.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <optional>
@@ -146,6 +149,7 @@ void check_kill(const char* tls, bool is_stopped_first) {
   if (is_stopped_first) {  // then puts are in flight when it dies
     peer.signal(SIGSTOP);
     step_for(stream, 0.2);
+    CHECK_FALSE(node.transport->idle());
   }
   peer.signal(SIGKILL);
   CHECK(peer.wait() == -SIGKILL);
@@ -175,23 +179,32 @@ void check_kill(const char* tls, bool is_stopped_first) {
 TEST_CASE("tcp: a killed peer is a fault that names it") { check_kill(kTcp, false); }
 TEST_CASE("tcp: killed with puts in flight") { check_kill(kTcp, true); }
 
-// Shared memory does not tell that its other user has gone: no fault, that is the heartbeat's
+TEST_CASE("default transports: killed with puts in flight") { check_kill(nullptr, true); }
+
+// Shared memory alone does not tell that its other user has gone: no fault, that is the heartbeat's
 // business; closing keeps its time-out and reports every token.
-TEST_CASE("default transports: a killed peer is silent and closing does not wait for it") {
+TEST_CASE("shared memory: a killed peer is silent and closing does not wait for it") {
+  ScopedTls scoped("^tcp");
   PeerProcess peer({"--peer", "endless"});
   Node node(0, kEndless, make_node_transport);
   peer.connect(node);
   Stream stream(node, 1, true, false);
   step_until_flowing(stream);
-  peer.signal(SIGSTOP);  // puts are in flight when it dies
+  peer.signal(SIGSTOP);
   step_for(stream, 0.2);
+  CHECK_FALSE(node.transport->idle());  // puts are in flight when it dies
   peer.signal(SIGKILL);
   CHECK(peer.wait() == -SIGKILL);
+  const uint64_t first = stream.sent();
+  node.transport->put(1, 0, 0, 4096, first);
   step_for(stream, 0.5);
+  CHECK_FALSE(node.transport->idle());
+  CHECK_FALSE(node.transport->take_fault().has_value());
   const auto closing = Clock::now();
   node.transport->shutdown(0.5);
-  CHECK(seconds_since(closing) < 1.0);
-  CHECK(node.tokens.each_once(stream.sent()));
+  CHECK(seconds_since(closing) >= 0.5);
+  CHECK(seconds_since(closing) < 1.6);
+  CHECK(node.tokens.each_once(first + 1));
 }
 
 // Long enough for the receive window to close and for keepalive rounds to pass.
@@ -215,6 +228,7 @@ void check_stop(const char* tls, double seconds) {
   // Closing does not wait for a stopped peer beyond its time-out, and reports every token.
   peer.signal(SIGSTOP);
   step_for(stream, 0.1);
+  CHECK_FALSE(node.transport->idle());
   const auto closing = Clock::now();
   node.transport->shutdown(0.5);
   CHECK(seconds_since(closing) < 1.6);
@@ -224,6 +238,92 @@ void check_stop(const char* tls, double seconds) {
 TEST_CASE("tcp: a stopped peer is no fault and traffic resumes") { check_stop(kTcp, 3.0); }
 TEST_CASE("default transports: a stopped peer is no fault and traffic resumes") {
   check_stop(nullptr, 1.5);
+}
+
+// The peer process: takes one message, shuts down, frees its region and puts other memory at the
+// same place, which must stay as it is while the other end goes on putting.
+int run_leaver() {
+  const size_t bytes = kSmall.region_bytes();
+  void* place = nullptr;
+  {
+    Node node(1, kSmall, make_node_transport);
+    place = node.base;
+    write_blob(4, node.transport->address());
+    node.transport->connect(0, read_blob(3));
+    while (node.load(kSmall.sequence_offset()) == 0) node.transport->progress();
+    node.transport->shutdown(0.0);
+  }
+  void* other = mmap(place, bytes, PROT_READ | PROT_WRITE,
+                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0);
+  if (other != place) return 3;
+  std::memset(other, 0x5a, bytes);
+  write_all(4, "f", 1);
+  uint8_t go = 0;
+  read_all(3, &go, 1);
+  const auto* first = static_cast<const uint8_t*>(other);
+  return std::all_of(first, first + bytes, [](uint8_t byte) { return byte == 0x5a; }) ? 0 : 4;
+}
+
+void check_leaver(const char* tls, bool is_noticed) {
+  ScopedTls scoped(tls);
+  PeerProcess peer({"--peer", "leaver"});
+  Node node(0, kSmall, make_node_transport);
+  peer.connect(node);
+  MESSAGE(node.transport->describe());
+  uint64_t sent = 0;
+  const auto send = [&] {
+    if (sent > 0 && !node.tokens.is_done(sent - 1)) return;
+    node.transport->put(1, 0, kSmall.receive_offset(sent), kSmall.slot_bytes, sent);
+    node.transport->fence(1);
+    node.transport->put_signal(1, kSmall.sequence_offset(), ++sent);
+  };
+  send();
+  pollfd has_left{peer.in(), POLLIN, 0};
+  const auto start = Clock::now();
+  while (poll(&has_left, 1, 0) == 0 && seconds_since(start) < kPatience) node.transport->progress();
+  uint8_t freed = 0;
+  read_all(peer.in(), &freed, 1);
+  const auto left = Clock::now();
+  while (seconds_since(left) < 0.3) {
+    send();
+    node.transport->progress();
+  }
+  write_all(peer.out(), "g", 1);
+  CHECK(peer.wait() == 0);
+  CHECK(sent > 1);
+  CHECK(node.transport->take_fault().has_value() == is_noticed);
+}
+
+TEST_CASE("nothing lands in what a peer has put in place of its region") {
+  check_leaver(kTcp, true);
+  check_leaver(nullptr, true);
+  check_leaver("all", true);
+  check_leaver("^tcp", false);  // shared memory: messages that nobody takes in
+}
+
+// What UCX asks before it offers cma.
+bool can_write_to_processes() {
+  uint64_t from = 1, to = 0;
+  const iovec local{&from, sizeof from}, remote{&to, sizeof to};
+  return process_vm_writev(getpid(), &local, 1, &remote, 1, 0) == sizeof from;
+}
+
+TEST_CASE("a transport that writes into another process's memory is refused") {
+  if (!can_write_to_processes()) {
+    MESSAGE("this machine has none");
+    return;
+  }
+  StreamShape shape{4096, 1, 1};
+  for (const char* tls : {"sm,tcp,self", "cma,tcp,self"}) {
+    Node plain(0, shape, make_node_transport);
+    ScopedTls scoped(tls);
+    Node a(1, shape, make_node_transport), b(2, shape, make_node_transport);
+    const std::string expected = "UCX_TLS=" + std::string(tls) + " lets this rank write to rank 2";
+    CHECK_THROWS_WITH_AS(a.transport->connect(2, b.transport->address()),
+                         doctest::Contains(expected.c_str()), TransportException);
+    // A rank that has none in its address is not reached by one either.
+    CHECK_NOTHROW(a.transport->connect(0, plain.transport->address()));
+  }
 }
 
 TEST_CASE("a peer that was never connected from here may send") {
@@ -290,6 +390,7 @@ int main(int argc, char** argv) {
   signal(SIGPIPE, SIG_IGN);
   if (argc == 3 && std::strcmp(argv[1], "--peer") == 0) {
     const std::string name = argv[2];
+    if (name == "leaver") return run_leaver();
     return run_peer(name == "small"   ? kSmall
                     : name == "large" ? kLarge
                                       : kEndless,

@@ -2,6 +2,7 @@
 // started again with --peer) that can be stopped and killed.
 #define DOCTEST_CONFIG_IMPLEMENT
 #include <doctest/doctest.h>
+#include <malloc.h>
 #include <poll.h>
 #include <sys/uio.h>
 
@@ -25,13 +26,20 @@ std::unique_ptr<Transport> make_node_transport(PutListener* listener, int rank) 
   return make_transport("ucx", listener, rank);
 }
 
-// UCX reads its environment when a transport is made. Null: what the machine offers.
-class ScopedTls {
+class ScopedVariable {
  public:
-  explicit ScopedTls(const char* tls) {
-    if (tls != nullptr) setenv("UCX_TLS", tls, 1);
+  ScopedVariable(const char* name, const char* value) : name_(name) {
+    if (value != nullptr) setenv(name, value, 1);
   }
-  ~ScopedTls() { unsetenv("UCX_TLS"); }
+  ~ScopedVariable() { unsetenv(name_); }
+
+ private:
+  const char* name_;
+};
+
+// UCX reads its environment when a transport is made. Null: what the machine offers.
+struct ScopedTls : ScopedVariable {
+  explicit ScopedTls(const char* tls) : ScopedVariable("UCX_TLS", tls) {}
 };
 
 constexpr double kPatience = 30.0;  // only a hang takes that long
@@ -205,6 +213,42 @@ TEST_CASE("shared memory: a killed peer is silent and closing does not wait for 
   CHECK(seconds_since(closing) >= 0.5);
   CHECK(seconds_since(closing) < 1.6);
   CHECK(node.tokens.each_once(first + 1));
+}
+
+// The peer process: leaves while its own puts cannot get away.
+int run_quitter() {
+  mallopt(M_PERTURB, 0x100);  // what is freed is filled with zeros, see start_quitter()
+  Node node(1, kEndless, make_node_transport);
+  write_blob(4, node.transport->address());
+  node.transport->connect(0, read_blob(3));
+  Stream stream(node, 0, true, false);
+  while (stream.acknowledged() == 0) stream.step();
+  write_all(4, "f", 1);
+  step_for(stream, 0.3);
+  if (node.transport->idle()) return 3;
+  node.transport->shutdown(0.0);
+  return node.tokens.each_once(stream.sent()) ? 0 : 4;
+}
+
+// With an allocator that overwrites all that is freed, so that UCX crashes if it
+// still follows a pointer from there.
+PeerProcess start_quitter() {
+  ScopedVariable glibc("GLIBC_TUNABLES", "glibc.malloc.tcache_count=0");
+  ScopedVariable asan("ASAN_OPTIONS", "max_free_fill_size=1048576:free_fill_byte=0");
+  ScopedVariable quiet("UCX_LOG_LEVEL", "error");  // UCX warns of each operation that is left
+  return PeerProcess({"--peer", "quitter"});
+}
+
+TEST_CASE("shutdown with puts outstanding reads nothing that it has freed") {
+  ScopedTls scoped(kTcp);
+  PeerProcess peer = start_quitter();
+  Node node(0, kEndless, make_node_transport);
+  peer.connect(node);
+  Stream stream(node, 1, false, true);
+  pollfd is_flowing{peer.in(), POLLIN, 0};
+  const auto start = Clock::now();
+  while (poll(&is_flowing, 1, 0) == 0 && seconds_since(start) < kPatience) stream.step();
+  CHECK(peer.wait() == 0);  // meanwhile this end takes nothing in
 }
 
 // Long enough for the receive window to close and for keepalive rounds to pass.
@@ -391,6 +435,7 @@ int main(int argc, char** argv) {
   if (argc == 3 && std::strcmp(argv[1], "--peer") == 0) {
     const std::string name = argv[2];
     if (name == "leaver") return run_leaver();
+    if (name == "quitter") return run_quitter();
     return run_peer(name == "small"   ? kSmall
                     : name == "large" ? kLarge
                                       : kEndless,

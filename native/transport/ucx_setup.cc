@@ -264,14 +264,15 @@ std::string UcxTransport::describe() const {
   return text.str();
 }
 
-// Endpoints go with the worker, and so does what is outstanding to peers that do not answer.
+// Endpoints go with the worker, and so does what is outstanding to peers that do not answer. It is
+// purged there, which reads the handle of the memory once more: the worker goes before the memory.
 void UcxTransport::release_handles() noexcept {
   for (const auto& peer : peers_) {
     if (peer != nullptr && peer->rkey != nullptr) ucp_rkey_destroy(peer->rkey);
     if (peer != nullptr) peer->rkey = nullptr;
   }
-  if (memory_ != nullptr) ucp_mem_unmap(context_, memory_);
   if (worker_ != nullptr) ucp_worker_destroy(worker_);
+  if (memory_ != nullptr) ucp_mem_unmap(context_, memory_);
   if (context_ != nullptr) ucp_cleanup(context_);
   memory_ = nullptr;
   worker_ = nullptr;

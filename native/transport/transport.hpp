@@ -167,7 +167,7 @@ class Transport {
   virtual void shutdown(double timeout_s) noexcept = 0;
 };
 
-// Providers: "ucx", "verbs" (InfiniBand, RoCE), "auto" (verbs if there is a usable port, else ucx),
+// Providers: "ucx", "verbs" (InfiniBand, RoCE), "auto" (verbs if its ports can be used, else ucx),
 // "loopback" (ranks are threads of this process), "null" (moves nothing). Throws
 // std::invalid_argument for another name. The listener must outlive the transport.
 std::unique_ptr<Transport> make_transport(const std::string& name, PutListener* listener, int rank,

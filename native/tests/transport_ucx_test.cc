@@ -26,15 +26,24 @@ std::unique_ptr<Transport> make_node_transport(PutListener* listener, int rank) 
   return make_transport("ucx", listener, rank);
 }
 
+// Of the environment; null: not set.
 class ScopedVariable {
  public:
   ScopedVariable(const char* name, const char* value) : name_(name) {
-    if (value != nullptr) setenv(name, value, 1);
+    if (const char* before = getenv(name)) before_ = before;
+    set(value);
   }
-  ~ScopedVariable() { unsetenv(name_); }
+  ~ScopedVariable() { set(before_ ? before_->c_str() : nullptr); }
 
  private:
+  void set(const char* value) const {
+    if (value != nullptr)
+      setenv(name_, value, 1);
+    else
+      unsetenv(name_);
+  }
   const char* name_;
+  std::optional<std::string> before_;
 };
 
 // UCX reads its environment when a transport is made. Null: what the machine offers.
@@ -230,8 +239,8 @@ int run_quitter() {
   return node.tokens.each_once(stream.sent()) ? 0 : 4;
 }
 
-// With an allocator that overwrites all that is freed, so that UCX crashes if it
-// still follows a pointer from there.
+// With an allocator that overwrites all that is freed, so that UCX crashes if it still follows a
+// pointer from there.
 PeerProcess start_quitter() {
   ScopedVariable glibc("GLIBC_TUNABLES", "glibc.malloc.tcache_count=0");
   ScopedVariable asan("ASAN_OPTIONS", "max_free_fill_size=1048576:free_fill_byte=0");

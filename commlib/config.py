@@ -16,8 +16,9 @@ __all__ = ["MAX_DECODE_TOKENS", "MAX_TOPK", "RuntimeConfig"]
 MAX_TOPK = 64
 MAX_DECODE_TOKENS = 1024
 
-# Tokens, experts and rows travel as signed 32-bit numbers in records and counters.
+# Tokens, experts and rows travel as signed 32-bit numbers in records and counters; the rest so in the native core.
 _MAX_INDEX = 2**31 - 1
+_INDICES = ("hidden", "num_experts", "max_tokens", "expert_alignment", "num_threads", "chunk_tokens", "max_in_flight")
 
 # Room for the record (16 + 12 * MAX_TOPK bytes), rounded up: a ring slot holds it next to the row.
 _MAX_RECORD_BYTES = 1024
@@ -79,7 +80,7 @@ class RuntimeConfig:
         self._check_types()
         if self.decode_tokens is not None and self.decode_tokens > MAX_DECODE_TOKENS:
             raise ConfigError(f"decode_tokens={self.decode_tokens} is above {MAX_DECODE_TOKENS}")
-        for name in ("hidden", "num_experts", "max_tokens", "expert_alignment"):
+        for name in _INDICES:
             if getattr(self, name) > _MAX_INDEX:
                 raise ConfigError(f"{name}={getattr(self, name)} does not fit 32 bits; the limit is {_MAX_INDEX}")
         limit = min(self.num_experts, MAX_TOPK)

@@ -45,7 +45,7 @@ class CpuExecutor:
         self, boot: Bootstrap, config: RuntimeConfig, topology: Topology, runtime_id: int, connect_timeout_s: float
     ) -> None:
         self._config, self._rank, self._id = config, boot.rank, runtime_id
-        self._engine = _build_engine(boot, _native_config(boot.rank, config, topology), connect_timeout_s)
+        self._engine = _build_engine(boot, config, topology, connect_timeout_s)
         # The native core uses the arrays of an operation until it is over, also if the caller drops what it was given.
         self._in_flight: list[PendingDispatch | PendingCombine] = []
 
@@ -128,13 +128,23 @@ class CpuExecutor:
             raise error_of(outcome, self._rank)
 
 
+def agree_on_transport(boot: Bootstrap, name: str, options: Any, timeout_s: float) -> str:
+    """Collective. "auto" is verbs where every rank can use it, else ucx: ranks of different nodes must not differ."""
+    if name != "auto":
+        return name
+    told = allgather_or_raise(boot, lambda: b"1" if _native.has_verbs(options) else b"0", timeout_s=timeout_s)
+    return "verbs" if all(each == b"1" for each in told) else "ucx"
+
+
 def _native_config(rank: int, config: RuntimeConfig, topology: Topology) -> Any:
     native = _native.EngineConfig()
     native.rank = rank
     native.node_of_rank = list(topology.node_of_rank)
     for name in _COPIED:
         setattr(native, name, getattr(config, name))
-    native.transport_options = transport_options(read_env())
+    options = transport_options(read_env())
+    options.local_rank = topology.local_rank(rank)
+    native.transport_options = options
     native.arena_bytes = (
         config.arena_bytes if config.arena_bytes is not None else default_arena_bytes(config, topology, rank)
     )
@@ -142,8 +152,14 @@ def _native_config(rank: int, config: RuntimeConfig, topology: Topology) -> Any:
     return native
 
 
-def _build_engine(boot: Bootstrap, native: Any, timeout_s: float) -> Any:
+def _build_engine(boot: Bootstrap, config: RuntimeConfig, topology: Topology, timeout_s: float) -> Any:
+    native: Any = None
     engine: Any = None
+
+    def configure() -> bytes:
+        nonlocal native
+        native = _native_config(boot.rank, config, topology)
+        return b""
 
     def build() -> bytes:
         nonlocal engine
@@ -156,6 +172,10 @@ def _build_engine(boot: Bootstrap, native: Any, timeout_s: float) -> Any:
         return b""
 
     try:
+        # What one rank's environment says may not fit; that is for all to know.
+        allgather_or_raise(boot, configure, timeout_s=timeout_s)
+        if topology.num_nodes > 1:
+            native.transport = agree_on_transport(boot, config.transport, native.transport_options, timeout_s)
         addresses = allgather_or_raise(boot, build, timeout_s=timeout_s)
         # Nobody may go on (or away) before the slowest has mapped everybody's memory.
         allgather_or_raise(boot, connect, timeout_s=timeout_s)

@@ -83,13 +83,13 @@ class Env:
     send_bytes: int | None = None
 
 
-def _integer(minimum: int, maximum: int | None = None) -> Callable[[str, str], int]:
-    rule = f"an integer >= {minimum}" if maximum is None else f"an integer in {minimum}..{maximum}"
+def _integer(minimum: int, maximum: int = 2**31 - 1) -> Callable[[str, str], int]:
+    rule = f"an integer in {minimum}..{maximum}"
 
     def parse(name: str, text: str) -> int:
         # int() would also take "1_0" and " 1 ", which is more likely a slip than an intention.
         is_integer = re.fullmatch(r"\d{1,18}", text, re.ASCII) is not None
-        if not is_integer or int(text) < minimum or (maximum is not None and int(text) > maximum):
+        if not is_integer or not minimum <= int(text) <= maximum:
             raise ConfigError(f"{name}={text!r} is not {rule}")
         return int(text)
 
@@ -168,7 +168,7 @@ _PARSERS: dict[str, tuple[str, Callable[[str, str], Any]]] = {
     "COMMLIB_SERVICE_LEVEL": ("service_level", _integer(0, 15)),
     "COMMLIB_SIGNAL": ("signal", _choice(SIGNALS)),
     "COMMLIB_SEND_OPERATIONS": ("send_operations", _integer(1, 16384)),
-    "COMMLIB_SEND_BYTES": ("send_bytes", _integer(1)),
+    "COMMLIB_SEND_BYTES": ("send_bytes", _integer(1, 2**48)),
 }
 
 

@@ -27,6 +27,7 @@ void register_machine(nb::module_& module) {
   module.def("row_kernels", [] { return std::string(row_kernels().name); });
   module.def("ucx_version", &ucx_version);
   module.def("describe_verbs", &describe_verbs);
+  module.def("has_verbs", [](const TransportOptions& options) { return has_verbs(options); });
 }
 
 }  // namespace commlib::bindings

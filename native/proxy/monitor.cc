@@ -34,6 +34,8 @@ uint64_t Monitor::read_beat(const Peer& peer) const {
 void Monitor::beat(uint64_t value) {
   const int me = mesh_.group().rank();
   store_release(mesh_.arena_word(me, mesh_.control().heartbeat), value);
+  // Whoever has been told of the fault may leave at any moment; from then on nothing is sent.
+  if (spread_) return;
   for (const Peer& peer : peers_) {
     if (peer.is_local) continue;
     const size_t there = RegisteredRegion::line(mesh_.registered_of(peer.rank).heartbeat_in, me);
@@ -101,6 +103,7 @@ void Monitor::collect_faults() {
   }
 }
 
+// The last that other nodes hear of us.
 void Monitor::spread_fault() {
   if (spread_) return;
   spread_ = true;

@@ -14,7 +14,8 @@ class Monitor {
  public:
   Monitor(Mesh& mesh, Transport* transport, FaultBoard& board, double heartbeat_timeout_s);
 
-  // Call often; does its work at most once a period. Returns true if it did.
+  // Call often; does its work at most once a period. Returns true if it did. Once a fault has been
+  // told, only the ranks of the node still get our beats.
   bool tick(double now);
   // Takes over a fault that a peer has told of.
   void collect_faults();

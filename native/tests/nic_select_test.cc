@@ -9,6 +9,8 @@
 #include <fstream>
 #include <stdexcept>
 
+#include "transport/providers.hpp"
+
 using namespace commlib;
 namespace fs = std::filesystem;
 
@@ -223,4 +225,15 @@ TEST_CASE("nothing usable is no choice") {
   FakeSysfs sysfs;
   sysfs.add_port("mlx5_0", 1, "", -1, "1: DOWN");
   CHECK(choose_nics(read_nic_ports(sysfs.root()), {}).empty());
+}
+
+TEST_CASE("a port that is listed but cannot be opened does not count as verbs") {
+  FakeSysfs sysfs;
+  sysfs.add_port("commlib_none", 1, "", -1);
+  sysfs.add_gid("commlib_none", 1, 0, kIpv4, "RoCE v2");
+  REQUIRE(choose_nics(read_nic_ports(sysfs.root()), {}).size() == 1);
+  CHECK_FALSE(has_verbs({}, sysfs.root()));
+  TransportOptions options;
+  options.nics = {"commlib_none:2"};
+  CHECK_FALSE(has_verbs(options, sysfs.root()));
 }

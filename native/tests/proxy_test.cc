@@ -282,6 +282,28 @@ TEST_CASE("an unclean stop does not pretend to be a good-bye") {
   CHECK(fake.is_shut_down());
 }
 
+TEST_CASE("after a fault nothing that is queued goes out, and no good-bye") {
+  for (const bool is_clean : {false, true}) {
+    ProxyEnd end(0, {0, 1}, kRingBytes);
+    FakeTransport& fake = end.use_fake();
+    FaultRecord fault;
+    fault.kind = FaultKind::kTimeout;
+    REQUIRE(end.board().raise(fault));
+    const uint32_t channel = end.proxy().channels().to_node(ChannelPurpose::kDispatchData, 1);
+    for (int i = 0; i < 10; ++i)
+      REQUIRE(end.fifo().push(encode({CommandKind::kPut, channel, 1, 16, 0, 0})));
+    end.proxy().start();
+    // The record of the fault is one put.
+    REQUIRE(wait_until([&] { return fake.events(Event::kPut).size() > 0; }));
+    end.proxy().stop(is_clean, 0.2);
+    const std::vector<Event> puts = fake.events(Event::kPut);
+    REQUIRE(puts.size() == 1);
+    CHECK(puts[0].bytes == sizeof(FaultRecord));
+    for (const Event& event : fake.events(Event::kSignal)) CHECK(event.value != kClosed);
+    CHECK(fake.is_shut_down());
+  }
+}
+
 TEST_CASE("a frozen proxy does nothing, and goes on where it stopped") {
   ProxyEnd end(0, {0, 1}, kRingBytes);
   FakeTransport& fake = end.use_fake(0.1);

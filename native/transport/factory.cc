@@ -6,7 +6,7 @@ namespace commlib {
 
 std::unique_ptr<Transport> make_transport(const std::string& name, PutListener* listener, int rank,
                                           const TransportOptions& options) {
-  if (name == "verbs" || (name == "auto" && has_verbs()))
+  if (name == "verbs" || (name == "auto" && has_verbs(options)))
     return make_verbs(listener, rank, options);
   if (name == "ucx" || name == "auto") return make_ucx(listener, rank);
   if (name == "loopback") return make_loopback(listener, rank);

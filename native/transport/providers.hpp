@@ -20,8 +20,9 @@ struct LoopbackOptions {
 std::unique_ptr<Transport> make_ucx(PutListener* listener, int rank);
 std::unique_ptr<Transport> make_verbs(PutListener* listener, int rank,
                                       const TransportOptions& options = {});
-// True if libibverbs can be loaded and an RDMA port is active and has an address.
-bool has_verbs();
+// True if libibverbs can be loaded and the ports that make_verbs would take, of those listed in
+// `sysfs`, can be used: tries it.
+bool has_verbs(const TransportOptions& options = {}, const std::string& sysfs = "/sys");
 // The library and the usable ports, or why there are none.
 std::string describe_verbs();
 std::unique_ptr<Transport> make_loopback(PutListener* listener, int rank,

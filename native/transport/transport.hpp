@@ -11,9 +11,13 @@
 // puts posted before the fence that precedes the signal. A signal without a fence may overtake the
 // puts before it. Signals to the same word keep their order, fence or not.
 //
-// Bytes may land only while the receiver calls `progress()` (UCX over TCP or shared memory; verbs
-// until a connection is made, and signals by immediate): every rank calls it all the time, also
-// while it has nothing to send.
+// Bytes may land only while the receiver calls `progress()` (UCX over TCP, also within a host;
+// verbs until a connection is made, and signals by immediate): every rank calls it all the time,
+// also while it has nothing to send.
+//
+// No byte lands once the receiver's `shutdown` has returned, whatever its peers do: its memory may
+// be freed, and belong to something else, while they still put. So a provider may not use a way on
+// which the sender alone decides (copies into another process, mappings of its memory).
 //
 // Judging a peer: a transport reports positive evidence (connection reset, process gone). A peer
 // that is merely silent (stopped, partitioned, slow) is never a fault here, the runtime's heartbeat
@@ -163,7 +167,7 @@ class Transport {
   virtual void shutdown(double timeout_s) noexcept = 0;
 };
 
-// Providers: "ucx", "verbs" (InfiniBand, RoCE), "auto" (verbs if there is a usable port, else ucx),
+// Providers: "ucx", "verbs" (InfiniBand, RoCE), "auto" (verbs if its ports can be used, else ucx),
 // "loopback" (ranks are threads of this process), "null" (moves nothing). Throws
 // std::invalid_argument for another name. The listener must outlive the transport.
 std::unique_ptr<Transport> make_transport(const std::string& name, PutListener* listener, int rank,

@@ -1,12 +1,14 @@
 // Provider over UCX (UCP): one context and one worker per transport, one endpoint per peer.
 //
 // Why puts and not active messages: a put of a chunk is one operation on every fabric, and on RDMA
-// needs nothing from the receiver. Where the receiver must help (TCP, shared memory that UCX did
-// not allocate), it does so inside ucp_worker_progress.
+// needs nothing from the receiver. Where the receiver must help (TCP, also between processes of one
+// host), it does so inside ucp_worker_progress, and stops when its worker is destroyed. What UCX
+// has beyond that for one host, copies into another process (CMA and its like), asks nobody, so
+// that no shutdown of the receiver ends it; it is not used, see ucx_lanes.cc.
 //
-// There the receiver's proxy thread writes payload and signal with plain stores in posting order.
-// On x86-64 that order is what other threads see (total store order). On a weakly ordered CPU it is
-// not promised; there use a fabric whose puts are written by hardware.
+// Over TCP the receiver's proxy thread writes payload and signal with plain stores in posting
+// order. On x86-64 that order is what other threads see (total store order). On a weakly ordered
+// CPU it is not promised; there use a fabric whose puts are written by hardware.
 #pragma once
 
 #include <ucp/api/ucp.h>
@@ -96,11 +98,15 @@ class UcxTransport final : public ProviderBase {
   void create_worker();
   FenceMode configure(ucp_config_t* config) const;
   void unpack_address(Peer& peer, const std::vector<uint8_t>& address) const;
-  std::string describe_peer(const Peer& peer) const;
   [[noreturn]] void throw_setup(const char* call, ucs_status_t status, int peer,
                                 const std::string& what) const;
   [[noreturn]] void throw_registration(ucs_status_t status, size_t bytes) const;
   void release_handles() noexcept;
+
+  // ucx_lanes.cc
+  static ucs_status_t exclude_single_copy(ucp_config_t* config);
+  void refuse_single_copy(const Peer& peer) const;
+  std::string describe_peer(const Peer& peer) const;
 
   // ucx.cc
   Peer* find_peer(int peer, const char* call);

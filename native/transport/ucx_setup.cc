@@ -23,10 +23,11 @@ constexpr uint32_t kApi = make_version(1, 17);
 // First release line with FENCE_MODE=ep_based, and where ucp_config_modify reaches TCP settings.
 constexpr uint32_t kModern = make_version(1, 20);
 
-// No setting of UCX but the fence mode is changed. TCP_USER_TIMEOUT and shorter TCP_KEEP* in
-// particular stay as they are: with a user time-out the kernel also kills a connection whose
-// receiver answers but keeps its window closed, which is what a stopped or slow peer under traffic
-// looks like. Silence is the heartbeat's business, and its time-out must not be undercut here.
+// No setting of UCX is changed but the fence mode and which transports it may use (ucx_lanes.cc).
+// TCP_USER_TIMEOUT and shorter TCP_KEEP* in particular stay as they are: with a user time-out the
+// kernel also kills a connection whose receiver answers but keeps its window closed, which is what
+// a stopped or slow peer under traffic looks like. Silence is the heartbeat's business, and its
+// time-out must not be undercut here.
 
 // Followed by the worker address and the packed remote key.
 struct AddressHeader {
@@ -92,6 +93,11 @@ void UcxTransport::create_context() {
   ucs_status_t status = ucp_config_read(nullptr, nullptr, &config);
   if (status != UCS_OK) throw_setup("ucp_config_read", status, -1, "UCX configuration");
   fence_mode_ = configure(config);
+  status = exclude_single_copy(config);
+  if (status != UCS_OK) {
+    ucp_config_release(config);
+    throw_setup("ucp_config_modify", status, -1, "UCX transports");
+  }
   ucp_params_t params{};
   params.field_mask = UCP_PARAM_FIELD_FEATURES;
   params.features = UCP_FEATURE_RMA;
@@ -206,11 +212,11 @@ void UcxTransport::unpack_address(Peer& peer, const std::vector<uint8_t>& addres
   params.field_mask = UCP_EP_PARAM_FIELD_REMOTE_ADDRESS | UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE |
                       UCP_EP_PARAM_FIELD_ERR_HANDLER;
   params.address = reinterpret_cast<const ucp_address_t*>(worker_address);
-  // Without peer error handling. With it a put over TCP or shared memory is emulated, the receiver
-  // answers each, and UCX 1.22 ends the process when it answers a peer that has died
-  // ("ucp_request.inl: Fatal: unexpected error: Endpoint timeout"). Without it a put over TCP is
-  // TCP's own; a broken connection still fails what is outstanding and calls the handler, and a
-  // peer that dies without a trace is found by the heartbeat.
+  // Without peer error handling. With it a put over TCP is emulated, the receiver answers each, and
+  // UCX 1.22 ends the process when it answers a peer that has died ("ucp_request.inl: Fatal:
+  // unexpected error: Endpoint timeout"). Without it a put over TCP is TCP's own; a broken
+  // connection still fails what is outstanding and calls the handler, and a peer that dies without
+  // a trace is found by the heartbeat.
   params.err_mode = UCP_ERR_HANDLING_MODE_NONE;
   params.err_handler.cb = &UcxTransport::on_endpoint_error;
   params.err_handler.arg = &peer;
@@ -219,6 +225,7 @@ void UcxTransport::unpack_address(Peer& peer, const std::vector<uint8_t>& addres
     peer.ep = nullptr;
     throw_setup("ucp_ep_create", status, peer.rank, who);
   }
+  refuse_single_copy(peer);
   status = ucp_ep_rkey_unpack(peer.ep, worker_address + header.worker_bytes, &peer.rkey);
   if (status != UCS_OK) {
     peer.rkey = nullptr;
@@ -246,26 +253,6 @@ void UcxTransport::connect(int peer, const std::vector<uint8_t>& address) {
   }
 }
 
-std::string UcxTransport::describe_peer(const Peer& peer) const {
-  std::string text = "rank " + std::to_string(peer.rank) + ": ";
-  if (peer.failed || peer.ep == nullptr) return text + "closed";
-  ucp_transport_entry_t entries[16] = {};
-  ucp_ep_attr_t attributes{};
-  attributes.field_mask = UCP_EP_ATTR_FIELD_TRANSPORTS;
-  attributes.transports.entries = entries;
-  attributes.transports.num_entries = sizeof(entries) / sizeof(entries[0]);
-  attributes.transports.entry_size = sizeof(entries[0]);
-  const ucs_status_t status = ucp_ep_query(peer.ep, &attributes);
-  if (status != UCS_OK || entries[0].transport_name == nullptr) {  // UCX 1.13 ignores the request
-    return text + "unknown";
-  }
-  for (unsigned i = 0; i < attributes.transports.num_entries; ++i) {
-    if (i > 0) text += '+';
-    text.append(entries[i].transport_name).append("/").append(entries[i].device_name);
-  }
-  return text;
-}
-
 std::string UcxTransport::describe() const {
   std::ostringstream text;
   text << "ucx " << ucp_get_version_string() << " (" << library_path() << "), fence by "
@@ -277,14 +264,15 @@ std::string UcxTransport::describe() const {
   return text.str();
 }
 
-// Endpoints go with the worker, and so does what is outstanding to peers that do not answer.
+// Endpoints go with the worker, and so does what is outstanding to peers that do not answer. It is
+// purged there, which reads the handle of the memory once more: the worker goes before the memory.
 void UcxTransport::release_handles() noexcept {
   for (const auto& peer : peers_) {
     if (peer != nullptr && peer->rkey != nullptr) ucp_rkey_destroy(peer->rkey);
     if (peer != nullptr) peer->rkey = nullptr;
   }
-  if (memory_ != nullptr) ucp_mem_unmap(context_, memory_);
   if (worker_ != nullptr) ucp_worker_destroy(worker_);
+  if (memory_ != nullptr) ucp_mem_unmap(context_, memory_);
   if (context_ != nullptr) ucp_cleanup(context_);
   memory_ = nullptr;
   worker_ = nullptr;

@@ -174,12 +174,17 @@ bool VerbsTransport::idle() const { return is_drained() && !has_completions(); }
 int VerbsTransport::receive_control() {
   int events = 0;
   for (Lane& lane : lanes_) {
-    for (const ControlMessage& message : lane.control->receive()) {
-      ++events;
-      if (message.kind == ControlKind::kConnect)
-        on_connect(message);
-      else if (message.kind == ControlKind::kAccept)
-        on_accept(message);
+    try {
+      for (const ControlMessage& message : lane.control->receive()) {
+        ++events;
+        if (message.kind == ControlKind::kConnect)
+          on_connect(message);
+        else if (message.kind == ControlKind::kAccept)
+          on_accept(message);
+      }
+    } catch (const TransportException& error) {
+      add_fault(-1, error.code(), error.call(),
+                "rank " + std::to_string(rank()) + ": " + error.what());
     }
   }
   return events;

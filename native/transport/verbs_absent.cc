@@ -16,7 +16,7 @@ std::unique_ptr<Transport> make_verbs(PutListener*, int rank, const TransportOpt
                            "rank " + std::to_string(rank) + ": verbs: " + kReason);
 }
 
-bool has_verbs() { return false; }
+bool has_verbs(const TransportOptions&, const std::string&) { return false; }
 
 std::string describe_verbs() { return std::string("not available: ") + kReason; }
 

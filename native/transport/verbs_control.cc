@@ -23,10 +23,7 @@ ControlPort::ControlPort(VerbsDevice& device) : device_(device), buffers_(2 * kB
     address_.key = uint32_t(random_word()) & 0x7fffffff;
     qp_ = device_.create_datagram_qp(queue_, kBuffers, address_.key);
     address_.qp_number = qp_->qp_num;
-    for (uint32_t i = 0; i < kBuffers; ++i) {
-      post_receive(i);
-      free_.push_back(kBuffers + i);
-    }
+    post_all();
   } catch (...) {
     close();
     throw;
@@ -42,6 +39,14 @@ void ControlPort::close() noexcept {
   qp_ = nullptr;
   queue_ = nullptr;
   memory_ = nullptr;
+}
+
+void ControlPort::post_all() {
+  free_.clear();
+  for (uint32_t i = 0; i < kBuffers; ++i) {
+    post_receive(i);
+    free_.push_back(kBuffers + i);
+  }
 }
 
 // A failure leaves one buffer less to receive with, and messages are sent again.
@@ -76,12 +81,17 @@ void ControlPort::send(ibv_ah* route, const ControlAddress& to, const ControlMes
 
 std::vector<ControlMessage> ControlPort::receive() {
   std::vector<ControlMessage> messages;
+  ibv_wc_status failure = IBV_WC_SUCCESS;
   ibv_wc done[16];
   const int count = ibv_poll_cq(queue_, 16, done);
   for (int i = 0; i < count; ++i) {
     const uint32_t index = uint32_t(done[i].wr_id);
     if (index >= kBuffers) {
       free_.push_back(index);
+      if (done[i].status == IBV_WC_SUCCESS)
+        failures_ = 0;
+      else if (failure == IBV_WC_SUCCESS)
+        failure = done[i].status;
       continue;
     }
     const ControlMessage& message = buffers_[index].message;
@@ -90,7 +100,22 @@ std::vector<ControlMessage> ControlPort::receive() {
       messages.push_back(message);
     post_receive(index);
   }
+  if (failure != IBV_WC_SUCCESS) restart(failure);
   return messages;
+}
+
+// A send that fails here stops the queue pair: what is sent on most cards (state SQE), all of it on
+// soft-RoCE. It is set up anew; what was on its way is lost, as any datagram may be.
+void ControlPort::restart(ibv_wc_status status) {
+  device_.restart_datagram_qp(qp_, address_.key);
+  ibv_wc forgotten[16];
+  while (ibv_poll_cq(queue_, 16, forgotten) > 0) {
+  }
+  post_all();
+  if (++failures_ == kMaxFailures)
+    throw TransportException("send", status, -1,
+                             device_.choice().text + ": messages to set up connections fail: " +
+                                 device_.api().wc_status_str(status));
 }
 
 }  // namespace commlib

@@ -49,8 +49,11 @@ class ControlPort {
 
   // May be lost, also for want of a free buffer.
   void send(ibv_ah* route, const ControlAddress& to, const ControlMessage& message);
-  // Messages that have arrived. Never blocks.
+  // Messages that have arrived. Never blocks. Throws TransportException, once, if sending has
+  // failed here (not on the way) kMaxFailures times and never worked in between.
   std::vector<ControlMessage> receive();
+
+  static constexpr uint32_t kMaxFailures = 32;
 
  private:
   static constexpr uint32_t kBuffers = 64;    // each way
@@ -61,7 +64,9 @@ class ControlPort {
     ControlMessage message;
   };
 
+  void post_all();
   void post_receive(uint32_t index);
+  void restart(ibv_wc_status status);
   void close() noexcept;
 
   VerbsDevice& device_;
@@ -71,6 +76,7 @@ class ControlPort {
   ibv_mr* memory_ = nullptr;
   ibv_cq* queue_ = nullptr;
   ibv_qp* qp_ = nullptr;
+  uint32_t failures_ = 0;  // of sends, since one has worked
 };
 
 // Random, for keys, cookies and packet numbers.

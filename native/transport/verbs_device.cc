@@ -197,20 +197,32 @@ ibv_qp* VerbsDevice::create_datagram_qp(ibv_cq* queue, uint32_t depth, uint32_t 
   ibv_qp* qp = api_.create_qp(domain_, &init);
   if (qp == nullptr) fail("ibv_create_qp", errno);
   try {
-    ibv_qp_attr attributes{};
-    attributes.qp_state = IBV_QPS_INIT;
-    attributes.port_num = uint8_t(choice_.port);
-    attributes.qkey = key;
-    modify(qp, attributes, IBV_QP_STATE | IBV_QP_PKEY_INDEX | IBV_QP_PORT | IBV_QP_QKEY, "INIT");
-    attributes.qp_state = IBV_QPS_RTR;
-    modify(qp, attributes, IBV_QP_STATE, "RTR");
-    attributes.qp_state = IBV_QPS_RTS;
-    modify(qp, attributes, IBV_QP_STATE | IBV_QP_SQ_PSN, "RTS");
+    start_datagram_qp(qp, key);
   } catch (...) {
     api_.destroy_qp(qp);
     throw;
   }
   return qp;
+}
+
+// RESET -> RTS.
+void VerbsDevice::start_datagram_qp(ibv_qp* qp, uint32_t key) const {
+  ibv_qp_attr attributes{};
+  attributes.qp_state = IBV_QPS_INIT;
+  attributes.port_num = uint8_t(choice_.port);
+  attributes.qkey = key;
+  modify(qp, attributes, IBV_QP_STATE | IBV_QP_PKEY_INDEX | IBV_QP_PORT | IBV_QP_QKEY, "INIT");
+  attributes.qp_state = IBV_QPS_RTR;
+  modify(qp, attributes, IBV_QP_STATE, "RTR");
+  attributes.qp_state = IBV_QPS_RTS;
+  modify(qp, attributes, IBV_QP_STATE | IBV_QP_SQ_PSN, "RTS");
+}
+
+void VerbsDevice::restart_datagram_qp(ibv_qp* qp, uint32_t key) const {
+  ibv_qp_attr attributes{};
+  attributes.qp_state = IBV_QPS_RESET;
+  modify(qp, attributes, IBV_QP_STATE, "RESET");
+  start_datagram_qp(qp, key);
 }
 
 ibv_ah_attr VerbsDevice::route_to(const VerbsPath& to) const {

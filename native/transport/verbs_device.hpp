@@ -52,6 +52,8 @@ class VerbsDevice {
   ibv_qp* create_connection(uint32_t send_operations, uint32_t receives);
   // Unreliable datagrams, ready to send; completions go to `queue`.
   ibv_qp* create_datagram_qp(ibv_cq* queue, uint32_t depth, uint32_t key) const;
+  // After an error: ready to send again, under its old number; what was posted is forgotten.
+  void restart_datagram_qp(ibv_qp* qp, uint32_t key) const;
   void destroy_connection(ibv_qp* qp, uint32_t send_operations, uint32_t receives);
   void destroy_datagram_qp(ibv_qp* qp) const { api_.destroy_qp(qp); }
   // RESET -> RTR: the QP can receive from the other end.
@@ -77,6 +79,7 @@ class VerbsDevice {
   void open();
   void query_port();
   void make_events_nonblocking() const;
+  void start_datagram_qp(ibv_qp* qp, uint32_t key) const;
   void reserve(uint32_t entries);
   void close() noexcept;
   ibv_ah_attr route_to(const VerbsPath& to) const;

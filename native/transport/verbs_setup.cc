@@ -1,4 +1,5 @@
 // Verbs provider: devices, registration, addresses, connections.
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <sstream>
@@ -11,14 +12,27 @@ namespace {
 
 constexpr const char* kSysfs = "/sys";
 
-NicRequest request_of(const TransportOptions& options) {
+NicRequest request_of(const TransportOptions& options, const std::string& sysfs) {
   NicRequest request;
   request.names = options.nics;
-  if (!options.near_pci.empty()) request.near = find_pci(kSysfs, options.near_pci);
+  if (!options.near_pci.empty()) request.near = find_pci(sysfs, options.near_pci);
   request.max_nics = options.max_nics;
   request.spread = options.local_rank;
   request.gid_index = options.gid_index;
   return request;
+}
+
+// Empty if the port can be used. What sysfs lists need not be: a container sees the host's ports,
+// but has the device files only of those that it was given.
+std::string obstacle_of(const VerbsApi& api, const NicChoice& choice,
+                        const TransportOptions& options) {
+  try {
+    VerbsDevice device(api, choice, options);
+    ControlPort control(device);
+    return {};
+  } catch (const std::exception& error) {
+    return error.what();
+  }
 }
 
 }  // namespace
@@ -47,7 +61,7 @@ void VerbsTransport::throw_setup(const char* call, int code, int peer,
 void VerbsTransport::open_lanes(const VerbsApi& api) {
   std::vector<NicChoice> choices;
   try {
-    choices = choose_nics(read_nic_ports(kSysfs), request_of(options_));
+    choices = choose_nics(read_nic_ports(kSysfs), request_of(options_, kSysfs));
   } catch (const std::invalid_argument& error) {
     throw_setup("choose_nics", ENODEV, -1, error.what());
   }
@@ -218,8 +232,18 @@ std::unique_ptr<Transport> make_verbs(PutListener* listener, int rank,
   return std::make_unique<VerbsTransport>(listener, rank, options);
 }
 
-bool has_verbs() {
-  return load_verbs() != nullptr && !choose_nics(read_nic_ports(kSysfs), {}).empty();
+bool has_verbs(const TransportOptions& options, const std::string& sysfs) {
+  const VerbsApi* api = load_verbs();
+  if (api == nullptr) return false;
+  std::vector<NicChoice> choices;
+  try {
+    choices = choose_nics(read_nic_ports(sysfs), request_of(options, sysfs));
+  } catch (const std::invalid_argument&) {  // asked for by name, and not there
+  }
+  return !choices.empty() &&
+         std::all_of(choices.begin(), choices.end(), [&](const NicChoice& choice) {
+           return obstacle_of(*api, choice, options).empty();
+         });
 }
 
 std::string describe_verbs() {
@@ -230,7 +254,10 @@ std::string describe_verbs() {
   request.max_nics = 1 << 16;
   std::string text = api->path;
   const std::vector<NicChoice> choices = choose_nics(read_nic_ports(kSysfs), request);
-  for (const NicChoice& choice : choices) text += ", " + choice.text;
+  for (const NicChoice& choice : choices) {
+    const std::string obstacle = obstacle_of(*api, choice, {});
+    text += ", " + choice.text + (obstacle.empty() ? "" : " (" + obstacle + ")");
+  }
   return choices.empty() ? text + ", no usable port" : text;
 }
 

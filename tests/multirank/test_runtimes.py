@@ -6,6 +6,7 @@ import builtins
 import os
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -254,3 +255,29 @@ def many_rank(nodes: list[int]) -> None:
 @pytest.mark.parametrize("nodes", [[0, 0, 1, 1, 2, 2], [0, 1, 1, 1, 1, 0, 2, 2]], ids=["2+2+2", "2+4+2"])
 def test_six_and_eight_ranks_on_three_nodes(nodes: list[int]) -> None:
     check_ranks(f"{HERE}:many_rank", len(nodes), args=[nodes], timeout_s=100)
+
+
+def unequal_rank() -> None:
+    """What one rank alone has, or lacks, is for all to know before anybody acts on it."""
+    import commlib
+    from commlib import _native, cpu_executor
+
+    rank = int(os.environ["COMMLIB_RANK"])
+    _native.has_verbs = lambda options: rank == 0
+    with commlib.Runtime(None, config(2)) as runtime:
+        assert "scale-out: ucx" in runtime.describe()
+        round_trip(runtime, salt=1)
+
+    def does_not_fit(env: Any) -> Any:
+        raise TypeError("3000000000 does not fit")
+
+    if rank == 1:
+        cpu_executor.transport_options = does_not_fit
+    begin = time.monotonic()
+    with pytest.raises(commlib.CommError, match=r"^rank 1: TypeError: 3000000000 does not fit"):
+        commlib.Runtime(None, config(2))
+    assert time.monotonic() - begin < 30  # of the 60 s that a rank waits for one that does not come
+
+
+def test_ranks_agree_on_the_transport_and_on_what_does_not_fit() -> None:
+    check_ranks(f"{HERE}:unequal_rank", 2, ranks_per_node=1, env={"COMMLIB_TRANSPORT": "auto"})

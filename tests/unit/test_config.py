@@ -59,6 +59,8 @@ def test_times_must_be_positive(name: str, value: Any) -> None:
         ({"hidden": 600_000}, "ring_bytes=524288 is below 4802048"),
         ({"arena_bytes": 2, "max_arena_bytes": 1}, "arena_bytes=2 is above max_arena_bytes=1"),
         ({"max_tokens": 2**31}, "max_tokens=2147483648 does not fit 32 bits"),
+        ({"num_threads": 2**31}, "num_threads=2147483648 does not fit 32 bits"),
+        ({"max_in_flight": 2**31}, "max_in_flight=2147483648 does not fit 32 bits"),
         ({"num_sms": 16, "num_local_sms": 8}, "num_local_sms=8 is below num_sms=16"),
         ({"decode_tokens": 1025}, "decode_tokens=1025 is above 1024"),
         ({"decode_tokens": -1}, "decode_tokens=-1 is not an integer >= 1"),

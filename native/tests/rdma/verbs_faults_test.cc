@@ -4,6 +4,7 @@
 
 #include "tests/rdma/verbs_rig.hpp"
 #include "transport/verbs.hpp"
+#include "transport/verbs_control.hpp"
 
 namespace commlib::testing {
 
@@ -165,6 +166,57 @@ TEST_CASE("a peer that does not answer yet is no fault, and what it is sent arri
   a.transport->shutdown(1.0);
   for (int i = 0; i < 1000; ++i) b.transport->progress();
   check_no_fault(b);
+}
+
+TEST_CASE("a message of set-up that fails here costs itself, and is an error when all do") {
+  const auto open = [](const std::string& nic) {
+    NicRequest request;
+    request.names = {nic};
+    return std::make_unique<VerbsDevice>(
+        *load_verbs(), choose_nics(read_nic_ports("/sys"), request).front(), TransportOptions{});
+  };
+  const auto device = open(split(own_nics)[0]), other = open(split(peer_nics)[0]);
+  ControlPort port(*device), far(*other);
+  ibv_ah* route = device->create_route(other->path());
+  ibv_ah* back = other->create_route(device->path());
+  // A route of another protection domain cannot be used.
+  const auto stranger = open(split(own_nics)[0]);
+  ibv_ah* wrong = stranger->create_route(other->path());
+  const auto arrives = [](ControlPort& from, ibv_ah* by, ControlPort& to) {
+    const auto start = Clock::now();
+    for (auto next = start; seconds_since(start) < kPatience;) {
+      if (Clock::now() >= next) {  // lost if it came while the receiver was starting anew
+        from.send(by, to.address(), {});
+        next = Clock::now() + std::chrono::milliseconds(100);
+      }
+      from.receive();
+      if (!to.receive().empty()) return true;
+    }
+    return false;
+  };
+  CHECK(arrives(port, route, far));
+  uint32_t failures = 0;
+  const auto fail = [&] {
+    port.send(wrong, far.address(), {});
+    const auto start = Clock::now();
+    while (seconds_since(start) < 0.1) port.receive();
+    ++failures;
+  };
+  fail();
+  CHECK(arrives(port, route, far));
+  CHECK(arrives(far, back, port));
+  failures = 0;
+  try {
+    while (failures < 2 * ControlPort::kMaxFailures) fail();
+    FAIL("no error");
+  } catch (const TransportException& error) {
+    MESSAGE(std::string(error.what()));
+    CHECK(failures >= ControlPort::kMaxFailures - 1);  // two that fail at once count as one
+  }
+  CHECK(arrives(port, route, far));
+  device->destroy_route(route);
+  other->destroy_route(back);
+  stranger->destroy_route(wrong);
 }
 
 TEST_CASE("shutdown reports the tokens of a peer that never answered") {

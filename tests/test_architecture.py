@@ -18,7 +18,7 @@ NATIVE = ROOT / "native"
 MAX_LINES = 450
 
 L0 = {"errors", "env", "config"}
-L1 = {"topology", "routing", "layout", "quant", "payload"}
+L1 = {"topology", "routing", "layout", "quant", "payload", "traffic", "launch_plan"}
 L2 = {"bootstrap", "memory", "transport"}
 NATIVE_MODULE = {"_native"}
 L5 = {"handle", "executor", "cpu_executor", "runtime", "pending", "faults"}
@@ -49,7 +49,15 @@ PYTHON_TABLE: dict[str, set[str]] = {
 
 # What only the standard library may serve, and what must work without a process group or a device.
 STANDARD_LIBRARY_ONLY = L0
-PURE = {"topology": set(), "layout": {"numpy"}, "routing": {"torch"}, "quant": {"torch"}, "reference": {"torch"}}
+PURE = {
+    "topology": set(),
+    "layout": {"numpy"},
+    "traffic": {"numpy"},
+    "launch_plan": set(),
+    "routing": {"torch"},
+    "quant": {"torch"},
+    "reference": {"torch"},
+}
 
 # Folder of native/ -> folders that it may include. Transports see commands and regions, never tokens or experts
 # (layout); executors see channels, never a transport.

@@ -27,10 +27,12 @@ struct ExchangeHeader {
 static_assert(sizeof(ExchangeHeader) % 8 == 0);
 
 // Header, then for a fresh dispatch uint32 counts per expert, rank and node.
-inline size_t exchange_row_bytes(const Group& group) {
-  const size_t counts =
-      size_t(group.num_experts()) + size_t(group.num_ranks()) + size_t(group.num_nodes());
+inline size_t exchange_row_bytes(int num_ranks, int num_nodes, int num_experts) {
+  const size_t counts = size_t(num_experts) + size_t(num_ranks) + size_t(num_nodes);
   return align_up(sizeof(ExchangeHeader) + counts * sizeof(uint32_t), kLine);
+}
+inline size_t exchange_row_bytes(const Group& group) {
+  return exchange_row_bytes(group.num_ranks(), group.num_nodes(), group.num_experts());
 }
 
 struct ExchangeTable {

@@ -50,7 +50,7 @@ def workload_of(name: str, nodes: Sequence[int], seed: int = 0) -> Workload:
     return make_workload(
         name,
         num_ranks=len(nodes),
-        num_experts=12,
+        num_experts=12 if len(nodes) <= 4 else 2 * len(nodes),
         num_topk=3,
         num_tokens=NUM_TOKENS,
         seed=seed,

@@ -1,0 +1,126 @@
+"""Who does what in a two-tier operation: how many multiprocessors per role, how large a chunk, how deep a ring."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from commlib.config import RuntimeConfig
+from commlib.errors import ConfigError
+from commlib.layout import SCALE_BLOCK, align_up, record_bytes
+from commlib.topology import Topology
+from commlib.traffic import Traffic, expected_traffic
+
+__all__ = [
+    "LaunchPlan",
+    "LinkRates",
+    "RingPlan",
+    "combine_slot_bytes",
+    "dispatch_slot_bytes",
+    "plan_launch",
+    "plan_ring",
+]
+
+_UNIT = 16  # bytes in which commands address registered memory
+_INDEX_BYTES = 4  # behind the record, per slot of the token: which record of the expert's rank it is
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkRates:
+    """Bytes per second of one rank.
+
+    Attributes:
+        scale_out: of its network card.
+        scale_up: of its link to the other GPUs of the node.
+        multiprocessor: that one multiprocessor can store (62 GB/s on an H200, docs/performance.md).
+    """
+
+    scale_out: float = 50e9
+    scale_up: float = 365e9
+    multiprocessor: float = 62e9
+
+
+@dataclass(frozen=True, kw_only=True)
+class RingPlan:
+    """A scale-out ring during one operation. The same arithmetic as make_ring in native/channel/ring.hpp.
+
+    Attributes:
+        slot_bytes: of one token.
+        slots_per_chunk: tokens of one put.
+        num_chunks: that the ring holds.
+    """
+
+    slot_bytes: int
+    slots_per_chunk: int
+    num_chunks: int
+
+
+def dispatch_slot_bytes(hidden: int, num_topk: int, element_bytes: int) -> int:
+    """Bytes of a token on its way between nodes: row, scales of an FP8 row, record, record numbers."""
+    scales = 4 * (hidden // SCALE_BLOCK) if element_bytes == 1 else 0
+    tail = record_bytes(num_topk) + _INDEX_BYTES * num_topk
+    return align_up(align_up(hidden * element_bytes, _UNIT) + align_up(scales, _UNIT) + tail, _UNIT)
+
+
+def combine_slot_bytes(hidden: int, num_topk: int, element_bytes: int, *, has_grads: bool) -> int:
+    """Likewise on the way back: row, gradients of the routing weights."""
+    return align_up(hidden * element_bytes + (4 * num_topk if has_grads else 0), _UNIT)
+
+
+def plan_ring(ring_bytes: int, chunk_bytes: int, slot_bytes: int, num_slots: int) -> RingPlan:
+    """Chunks of at most `chunk_bytes`, at least four for a message of `num_slots`, at least one slot each."""
+    per_chunk = max(1, min(chunk_bytes // slot_bytes, num_slots // 4))
+    return RingPlan(slot_bytes=slot_bytes, slots_per_chunk=per_chunk, num_chunks=ring_bytes // (per_chunk * slot_bytes))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchPlan:
+    """Blocks (one per multiprocessor) of a two-tier kernel, by what they do first; all help with local work then.
+
+    Attributes:
+        out_blocks: send to other nodes: scale_out_send, in combine forward_reduce.
+        in_blocks: take in what comes from other nodes: forward, in combine receive.
+        local_blocks: the rest: push, expand, reduce, final_reduce.
+    """
+
+    out_blocks: int
+    in_blocks: int
+    local_blocks: int
+
+    @property
+    def num_blocks(self) -> int:
+        return self.out_blocks + self.in_blocks + self.local_blocks
+
+    def describe(self) -> str:
+        return f"{self.out_blocks} SMs send, {self.in_blocks} take in, {self.local_blocks} do local work"
+
+
+def plan_launch(config: RuntimeConfig, topology: Topology, rates: LinkRates | None = None) -> LaunchPlan:
+    """Enough blocks to keep the network busy, the rest for local work.
+
+    A block that takes rows in stores each of them at every rank of the node that wants it, so the fan-out of balanced
+    routing decides how many of those there are. Not more than a third of all blocks for either way, at least one, and
+    no more than there are partners.
+
+    Raises:
+        ConfigError: fewer than three multiprocessors.
+    """
+    rates = rates or LinkRates()
+    if config.num_sms < 3:
+        raise ConfigError(
+            f"num_sms={config.num_sms} is below 3: between nodes one sends, one takes in, one does the rest"
+        )
+    traffic = _balanced(config, topology)
+    nodes = max(topology.num_nodes, 2)
+    fan_out = (traffic.stored_up + traffic.stored_here) / max(traffic.sent_out * nodes / (nodes - 1), 1.0)
+    most = max(1, min(config.num_sms // 3, topology.num_nodes - 1))
+    out_blocks = max(1, min(most, -int(-rates.scale_out // rates.multiprocessor)))
+    in_blocks = max(1, min(most, -int(-rates.scale_out * max(fan_out, 1.0) // rates.multiprocessor)))
+    return LaunchPlan(out_blocks=out_blocks, in_blocks=in_blocks, local_blocks=config.num_sms - out_blocks - in_blocks)
+
+
+def _balanced(config: RuntimeConfig, topology: Topology) -> Traffic:
+    """Nodes may differ: then as if they all had the ranks of the largest."""
+    largest = max(len(topology.ranks_of_node(node)) for node in range(topology.num_nodes))
+    even = Topology.uniform(largest * topology.num_nodes, largest)
+    num_experts = align_up(config.num_experts, even.num_ranks)
+    return expected_traffic(even, num_tokens=config.max_tokens, num_topk=config.num_topk, num_experts=num_experts)

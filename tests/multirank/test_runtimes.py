@@ -9,6 +9,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -254,3 +255,19 @@ def many_rank(nodes: list[int]) -> None:
 @pytest.mark.parametrize("nodes", [[0, 0, 1, 1, 2, 2], [0, 1, 1, 1, 1, 0, 2, 2]], ids=["2+2+2", "2+4+2"])
 def test_six_and_eight_ranks_on_three_nodes(nodes: list[int]) -> None:
     check_ranks(f"{HERE}:many_rank", len(nodes), args=[nodes], timeout_s=100)
+
+
+def test_a_call_that_the_core_does_not_take_keeps_no_arrays() -> None:
+    import commlib
+
+    with commlib.Runtime(None, config(1)) as runtime:
+        x, idx = np.ones((3, HIDDEN), dtype=np.float32), np.zeros((3, 2), dtype=np.int64)
+        idx[:, 1] = 1
+        engine = mock.Mock(dispatch=mock.Mock(side_effect=commlib.ConfigError("belongs to another process")))
+        with (
+            mock.patch.object(runtime._executor, "_engine", engine),
+            pytest.raises(commlib.ConfigError, match="another process"),
+        ):
+            runtime.dispatch(x, idx)
+        assert runtime._executor._in_flight == []  # type: ignore[attr-defined]
+        assert runtime.dispatch(x, idx).handle.num_tokens == 3

@@ -15,7 +15,7 @@ from commlib.faults import error_of
 from commlib.handle import Combined, Dispatched
 from commlib.layout import default_arena_bytes
 from commlib.memory import MemoryReport
-from commlib.pending import PendingCombine, PendingDispatch, prepare_combine, prepare_dispatch
+from commlib.pending import PendingCombine, PendingDispatch, prepare_combine, prepare_dispatch, reason_of
 from commlib.topology import Topology
 from commlib.transport import transport_options
 
@@ -77,6 +77,9 @@ class CpuExecutor:
     def combine(self, call: CombineCall) -> Combined:
         return self.combine_recv(self.combine_send(call))
 
+    def refuse(self, reason: str) -> None:
+        self._wait(self._engine.reject(reason_of(ConfigError(reason))))
+
     def barrier(self) -> None:
         self._wait(self._engine.barrier())
 
@@ -119,7 +122,11 @@ class CpuExecutor:
     def _start(self, pending: PendingDispatch | PendingCombine) -> None:
         """Submits; kept first, so that an interrupt in between cannot free what the native core uses."""
         self._in_flight.append(pending)
-        pending.op = pending.submit()
+        try:
+            pending.op = pending.submit()
+        except Exception:  # the core has said no, so it uses nothing; an interrupt may have come after it said yes
+            self._in_flight.pop()
+            raise
 
     def _wait(self, op: Any) -> None:
         outcome = op.wait()

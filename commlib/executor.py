@@ -60,6 +60,9 @@ class Executor(Protocol):
     def combine(self, call: CombineCall) -> Combined:
         """Both halves at once."""
 
+    def refuse(self, reason: str) -> None:
+        """Takes part in the operation that the other ranks issue by telling them why this one cannot: all raise it."""
+
     def barrier(self) -> None:
         """Returns when all ranks have called it."""
 

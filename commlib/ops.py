@@ -23,7 +23,6 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy
 
 from commlib import routing
-from commlib.errors import ConfigError
 from commlib.handle import Dispatched, Handle
 from commlib.layout import Layout
 from commlib.quant import dequantize
@@ -144,6 +143,12 @@ def dispatch_linked(
     x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor | None, call: DispatchOptions
 ) -> Dispatched:
     """`dispatch`, never traced by a compiler."""
+    runtime, _, expert_alignment, fp8, capacity = call
+    _check_tensors(runtime, x=x, topk_idx=topk_idx)
+    _check_tensors(runtime, are_optional=True, topk_weights=topk_weights)
+    _check_integers(runtime, expert_alignment=expert_alignment, capacity=capacity)
+    if not isinstance(fp8, str | None):
+        runtime.refuse(f'fp8={fp8!r} is not None, "fp32" or "pow2"')
     anchor = torch.zeros((), requires_grad=torch.is_grad_enabled())
     rows, weights, received_idx, ticket, link = _Dispatch.apply(anchor, x, topk_weights, topk_idx, call)  # type: ignore[no-untyped-call]
     handle = _handle_of(ticket)
@@ -164,9 +169,26 @@ def combine_linked(
 ) -> torch.Tensor:
     """`combine`, never traced by a compiler."""
     if not isinstance(handle, LinkedHandle):
-        raise ConfigError(f"ops.combine needs the handle of ops.dispatch, not a {type(handle).__name__}")
+        runtime.refuse(f"ops.combine needs the handle of ops.dispatch, not a {type(handle).__name__}")
+    _check_tensors(runtime, y=y)
+    _check_tensors(runtime, are_optional=True, weights=weights)
     out: torch.Tensor = _Combine.apply(handle._link, y, weights, handle._ticket, (runtime, grad_fp8))  # type: ignore[no-untyped-call]
     return out
+
+
+# ---- what torch's schema has no room for: torch would raise on this rank alone, the Runtime tells all of them
+
+
+def _check_tensors(runtime: Runtime, *, are_optional: bool = False, **values: Any) -> None:
+    for name, value in values.items():
+        if not isinstance(value, torch.Tensor) and not (are_optional and value is None):
+            runtime.refuse(f"{name} is a {type(value).__name__}, not a torch tensor")
+
+
+def _check_integers(runtime: Runtime, **values: Any) -> None:
+    for name, value in values.items():
+        if value is not None and not (type(value) is int and -(2**63) <= value < 2**63):
+            runtime.refuse(f"{name}={value!r} is not an integer of 64 bits")
 
 
 # ---- what torch's dispatcher sees: policies of selective checkpointing name it
@@ -243,17 +265,6 @@ _library.impl("combine", _combine_op, "CompositeExplicitAutograd")
 # ---- autograd
 
 
-def _fits_schema(x: Any, topk_idx: Any, topk_weights: Any, expert_alignment: Any, fp8: Any, capacity: Any) -> bool:
-    return (
-        isinstance(x, torch.Tensor)
-        and isinstance(topk_idx, torch.Tensor)
-        and isinstance(topk_weights, torch.Tensor | None)
-        and isinstance(expert_alignment, int | None)
-        and isinstance(fp8, str | None)
-        and isinstance(capacity, int | None)
-    )
-
-
 def dequantized(rows: torch.Tensor, scales: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     return rows if rows.dtype != torch.float8_e4m3fn or scales is None else dequantize(rows, scales, dtype)
 
@@ -270,17 +281,6 @@ class _Dispatch(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         runtime, layout, expert_alignment, fp8, capacity = call
         _runtimes[runtime._id] = runtime
-        if not _fits_schema(x, topk_idx, topk_weights, expert_alignment, fp8, capacity):
-            # torch would raise on this rank alone; the Runtime tells all of them what is wrong.
-            runtime.dispatch(
-                x if isinstance(x, torch.Tensor) else None,
-                topk_idx,
-                topk_weights,
-                layout=layout,
-                expert_alignment=expert_alignment,
-                fp8=fp8,
-                capacity=capacity,
-            )
         rows, scales, weights, received_idx, ticket = torch.ops.commlib.dispatch(
             x, topk_idx, topk_weights, runtime._id, layout, expert_alignment, fp8, capacity
         )

@@ -18,7 +18,7 @@ from commlib.handle import Combined, Dispatched, Handle
 from commlib.layout import Layout, num_scales
 from commlib.payload import DTYPE_BYTES, DTYPE_CODES, Framework, Rows, framework_of, optional_array, require_rows
 
-__all__ = ["PendingCombine", "PendingDispatch", "prepare_combine", "prepare_dispatch"]
+__all__ = ["PendingCombine", "PendingDispatch", "prepare_combine", "prepare_dispatch", "reason_of"]
 
 _CASTS = {None: 0, "fp32": 1, "pow2": 2}
 _LAYOUTS = {Layout.GROUPED: 0, Layout.ROWS: 1}
@@ -120,7 +120,7 @@ def _check_routing(topk_idx: Any, topk_weights: Any, num_tokens: int, num_topk: 
     return idx, weights
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """What all ranks are told. Also of errors that nobody foresaw: to raise them here would strand the other ranks."""
     text = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
     # It travels in a field of fixed size, which must not cut a character in two.
@@ -160,7 +160,7 @@ def prepare_dispatch(engine: Any, config: RuntimeConfig, runtime_id: int, call: 
             else _check_routing(call.topk_idx, call.topk_weights, rows.shape[0], config.num_topk)
         )
     except Exception as error:
-        refuse = partial(engine.reject, _reason(error))
+        refuse = partial(engine.reject, reason_of(error))
         return PendingDispatch(runtime_id, refuse, Framework("numpy"), "float32", 0, 0, Layout.GROUPED, None, ())
     submit = partial(
         engine.dispatch,
@@ -204,7 +204,7 @@ def prepare_combine(engine: Any, config: RuntimeConfig, runtime_id: int, call: C
         out = framework.empty((handle.num_tokens, config.hidden), rows.dtype)
         out_grads = framework.empty((handle.num_tokens, num_topk), "float32") if has_grads else None
     except Exception as error:
-        return PendingCombine(runtime_id, partial(engine.reject, _reason(error)), None, None, ())
+        return PendingCombine(runtime_id, partial(engine.reject, reason_of(error)), None, None, ())
     submit = partial(
         engine.combine,
         handle._native,

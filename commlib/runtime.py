@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from commlib import bootstrap as _bootstrap
 from commlib.bootstrap.agreement import allgather_or_raise, require_equal
@@ -184,6 +184,18 @@ class Runtime:
         return self._executor.combine_recv(pending)
 
     # ---- the rest
+
+    def refuse(self, reason: str) -> NoReturn:
+        """For callers with rules of their own: takes part in the operation that the other ranks issue by telling them
+        why this one cannot. To raise on one rank alone would leave the others waiting.
+
+        Raises:
+            ConfigError: with the reason, on every rank, in this operation; the Runtime stays usable.
+            CommTimeout, PeerLostError, TransportError: see `dispatch`.
+        """
+        self._check_open()
+        self._executor.refuse(reason)
+        raise ConfigError(reason)
 
     def barrier(self) -> None:
         """Returns when all ranks have called it. An operation like the others."""

@@ -17,6 +17,7 @@ from commlib.cuda.dispatching import DispatchOps
 from commlib.cuda.latency import LatencyHandle, LatencyOps, PendingLatency
 from commlib.cuda.operations import PendingOp
 from commlib.cuda.queue import OpQueue
+from commlib.errors import ConfigError
 from commlib.executor import CombineCall, DispatchCall
 from commlib.handle import Combined, Dispatched, Handle
 
@@ -103,6 +104,12 @@ class CudaEngine(OpQueue):
             return result
         self.finish(pending, ("combine",))
         return Combined(pending.out, pending.out_weight_grads)
+
+    @_on_device
+    def refuse(self, reason: str) -> None:
+        self.prepare()
+        # Of whatever kind: ranks compare their calls only if nobody refuses.
+        self.finish(self.reject("barrier", ConfigError(reason), is_split=False), ("barrier",))
 
     def counters(self) -> dict[str, Any]:
         """The kernels do not count."""

@@ -81,6 +81,7 @@ class Pipeline:
         self._sending: list[tuple[Any, Tensor]] = []
         self._weight_work: deque[tuple[Part, WeightWork]] = deque()
         self._losses: dict[int, Tensor] = {}
+        self._has_transferred = self._is_broken = False
 
     def step(self, inputs: Sequence[State] = (), targets: Sequence[Any] = ()) -> list[Tensor]:
         """Forward and backward passes of all micro-batches; gradients are added to the parameters'.
@@ -91,9 +92,26 @@ class Pipeline:
 
         Returns:
             The losses of the micro-batches that end on this rank.
+
+        Raises:
+            ConfigError: wrong numbers of inputs or targets; an earlier step has failed between transfers.
+            Exception: whatever a stage or a transfer raises. Gradients are incomplete then. If this rank has begun
+                transfers, the pipeline is of no further use, because those of another step would meet what is left of
+                this one: make a new group and a new Pipeline.
         """
+        if self._is_broken:
+            raise ConfigError("an earlier step of this pipeline has failed between transfers; make a new group for one")
         self._check_fed(inputs, targets)
-        self._losses = {}
+        try:
+            self._run_plan(inputs, targets)
+            return [self._losses[batch] for batch in sorted(self._losses)]
+        except BaseException:
+            self._is_broken = self._has_transferred
+            raise
+        finally:
+            self._forget_step()
+
+    def _run_plan(self, inputs: Sequence[State], targets: Sequence[Any]) -> None:
         places = [Place(self._rank, leg) for leg in (0, 1)]
         self._parts = {Part(leg, batch): _InPipeline() for leg in (0, 1) for batch in range(self._plan.num_batches)}
         for place in places:
@@ -104,8 +122,15 @@ class Pipeline:
             self._carry_out(action, targets)
         for work, _ in self._sending:
             work.wait()
-        self._sending, self._parts = [], {}
-        return [self._losses[batch] for batch in sorted(self._losses)]
+
+    def _forget_step(self) -> None:
+        """Nothing of a step is left for the next one; of one that failed, what peers may still write and read stays."""
+        arriving = {at: _InPipeline(arriving=part.arriving) for at, part in self._parts.items() if part.arriving}
+        self._parts = arriving if self._is_broken else {}
+        self._sending = self._sending if self._is_broken else []
+        self._weight_work.clear()
+        self._losses = {}
+        self._has_transferred = False
 
     @torch.no_grad()
     def reduce_twins(self) -> None:
@@ -118,10 +143,10 @@ class Pipeline:
             leg = mine if self._rank < self._plan.num_ranks // 2 else 1 - mine
             grads = [_grad_of(parameter) for parameter in self._stages[leg].parameters() if parameter.requires_grad]
             theirs = [torch.empty_like(grad) for grad in grads]
-            works = [dist.isend(grad, twin, self._group, tag) for tag, grad in enumerate(grads)]
-            works += [dist.irecv(grad, twin, self._group, tag) for tag, grad in enumerate(theirs)]
-            for work in works:
-                assert work is not None
+            # In one batch: NCCL carries out single transfers of a pair one after the other, and both twins send first.
+            batch = [dist.P2POp(dist.isend, grad, twin, self._group, tag) for tag, grad in enumerate(grads)]
+            batch += [dist.P2POp(dist.irecv, grad, twin, self._group, tag) for tag, grad in enumerate(theirs)]
+            for work in dist.batch_isend_irecv(batch) if batch else ():
                 work.wait()
             for grad, other in zip(grads, theirs, strict=True):
                 grad.add_(other)
@@ -217,6 +242,8 @@ class Pipeline:
     # ---- transfers
 
     def _transfer(self, action: Action) -> None:
+        """Both ends of a pair of ranks make its transfers in the plan's one order: NCCL goes by that, not by tags."""
+        self._has_transferred = True
         is_forward = action.forward is not None
         at = action.forward if action.forward is not None else action.backward
         assert at is not None and action.peer is not None

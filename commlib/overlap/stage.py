@@ -61,6 +61,12 @@ class Stage(nn.Module):
         """The next call of the module is for `flow`, whose forward steps are done already."""
         self._flow_ahead = flow
 
+    def forget(self) -> None:
+        """Drops what a failed step has left behind: the next one must not find it. To be called where a step of torch's
+        own schedules fails; `overlap_pairs` does so for its pairs.
+        """
+        self._flow_ahead, self._weight_work = None, ()
+
     def build_weight_step(self) -> Callable[[], None]:
         """What is left to do for the weights after the last backward pass: to be called once."""
         work, self._weight_work = self._weight_work, ()

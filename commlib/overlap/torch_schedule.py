@@ -43,6 +43,15 @@ def overlap_pairs(schedule: Any) -> None:
 def _run_pair(action: Any, context: Any) -> None:
     """What torch calls for an OVERLAP_F_B action of a forward and a backward pass."""
     schedule = context.schedule_ref
+    try:
+        _lay_side_by_side(schedule, action, context)
+    except BaseException:
+        for stage in schedule._stages:
+            stage.submod.forget()
+        raise
+
+
+def _lay_side_by_side(schedule: Any, action: Any, context: Any) -> None:
     stages = {stage.stage_index: stage for stage in schedule._stages}
     forward, backward = action.sub_actions
     ahead, behind = stages[forward.stage_index], stages[backward.stage_index]

@@ -148,8 +148,14 @@ def worst_rank(store: str, device: str = "cpu") -> None:
         worst = MAX_TOKENS * job.size * min(3, local) + 7 * local
         got = dispatch(buffer, job, expanded, do_cpu_sync=False)
         assert len(got[0]) == -(-worst // 8) * 8
-        with pytest.raises(ConfigError, match="num_max_tokens_per_rank=1 allows"):
-            dispatch(buffer, job, compact, do_cpu_sync=False, num_max_tokens_per_rank=1)
+        # Too few for one rank alone: all of them raise, in this call.
+        for case, most in ((case_of(job, "masked", seed=2), 12), (case_of(job, "hot", "grouped", alignment=8), 5)):
+            lengths = [len(each.source) for each in case.expected]
+            rule = f"num_max_tokens_per_rank={most} has room for"
+            with pytest.raises(ConfigError, match=f"rank {lengths.index(max(lengths))} receives .* {rule}") as error:
+                dispatch(buffer, job, case, do_cpu_sync=False, num_max_tokens_per_rank=most)
+            assert min(lengths) <= int(str(error.value).rpartition(" ")[2]) < max(lengths)
+        assert len(dispatch(buffer, job, compact, do_cpu_sync=False)[0]) == MAX_TOKENS * job.size
 
 
 def options_rank(store: str, device: str = "cpu") -> None:

@@ -138,8 +138,12 @@ def formats_rank(store: str, device: str = "cpu") -> None:
         plain = low_latency_case(job, "uniform", 4)
         with pytest.raises(ConfigError, match="use_ue8m0 needs"):
             dispatch(buffer, job, plain, use_ue8m0=True)
-        with pytest.raises(ConfigError, match="tokens exceed"):
-            buffer.low_latency_dispatch(job.here(plain.xs[job.rank]), torch.empty(0), 3, 12)
+        # On one rank alone: all raise, without a hook in the call, with one in the hook.
+        many = MAX_TOKENS + (job.rank == 1)
+        x, idx = job.here(torch.zeros(many, HIDDEN).bfloat16()), job.here(torch.full((many, 3), -1))
+        for has_hook in (False, True):
+            with pytest.raises(ConfigError, match=f"rank 1: {MAX_TOKENS + 1} tokens exceed"):
+                buffer.low_latency_dispatch(x, idx, MAX_TOKENS, 12, return_recv_hook=has_hook)[-1]()
         with pytest.raises(NotImplementedError, match="dispatch_wait_recv_cost_stats"):
             dispatch(buffer, job, plain, dispatch_wait_recv_cost_stats=count)
         handle = dispatch(buffer, job, plain)[2]

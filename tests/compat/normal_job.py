@@ -151,8 +151,14 @@ def check_worst(job: Job, buffer: Any, case: Case) -> None:
     x, *_ = buffer.dispatch(job.here(again.xs[job.rank]), handle=handle)
     assert_bits(x[:count], again.expected[job.rank].x, "worst: by handle")
     assert len(x) == num_worst
-    with pytest.raises(ConfigError, match="num_worst_tokens=1 is below"):
-        dispatch(buffer, job, case_of(job, "uniform"), num_worst_tokens=1)
+    # Too few for one rank alone: all of them raise, in this call.
+    skewed = case_of(job, "masked", seed=2)
+    lengths = [len(each.source) for each in skewed.expected]
+    assert min(lengths) < max(lengths), "the case has a rank that would not notice"
+    message = f"rank {lengths.index(max(lengths))} receives {max(lengths)} rows, num_worst_tokens={max(lengths) - 1} "
+    with pytest.raises(ConfigError, match=message):
+        dispatch(buffer, job, skewed, num_worst_tokens=max(lengths) - 1)
+    assert len(dispatch(buffer, job, skewed, num_worst_tokens=max(lengths))[0]) == max(lengths)
 
 
 def check_fp8(job: Job, buffer: Any) -> None:

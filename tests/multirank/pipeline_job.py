@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import overlap_job as job
+import pytest
 import torch
 import torch.distributed as dist
 from moe_job import HIDDEN, small_config
 from torch import Tensor
 from torch.distributed.pipelining import PipelineStage, ScheduleDualPipeV
 
-from commlib.overlap import State
+from commlib.errors import ConfigError
+from commlib.overlap import State, pipeline
 from commlib.overlap.pipeline import Pipeline
-from commlib.overlap.pipeline_plan import PipelinePlan, Place, dualpipe, dualpipe_v
+from commlib.overlap.pipeline_plan import Action, PipelinePlan, Place, dualpipe, dualpipe_v
 from commlib.overlap.stage import Stage
-from commlib.overlap.torch_schedule import overlap_pairs
+from commlib.overlap.torch_schedule import _run_pair, overlap_pairs
 from commlib.runtime import Runtime
 from commlib.topology import Topology
 
@@ -106,7 +111,7 @@ def check_pipeline(plan: PipelinePlan) -> None:
     with grid.open_runtime() as runtime:
         legs = (Place(rank, 0), Place(rank, 1))
         modules = make_stage(runtime, plan.stage(legs[0])), make_stage(runtime, plan.stage(legs[1]))
-        pipeline = Pipeline(modules, plan, group=grid.pipe, state_like=LIKE, loss_fn=loss_of)
+        ours = Pipeline(modules, plan, group=grid.pipe, state_like=LIKE, loss_fn=loss_of)
         whole = [make_stage(runtime, stage) for stage in range(plan.num_stages)]
         numbers = list(range(plan.num_batches))
         if plan.name == "dualpipe":
@@ -122,14 +127,101 @@ def check_pipeline(plan: PipelinePlan) -> None:
             expected = [taken_gradients(stage) for stage in whole]
         ends = [leg for leg in (0, 1) if plan.after(Place(rank, leg)) is None]
         for turn in range(2):  # a second step finds nothing left of the first
-            losses = pipeline.step(**feeds(plan, rank, grid))
-            pipeline.reduce_twins()
+            losses = ours.step(**feeds(plan, rank, grid))
+            ours.reduce_twins()
             wanted = expected_losses[0 if rank == 0 else 1] if ends else []
             assert [float(loss) for loss in losses] == [float(loss) for loss in wanted], f"{plan.name}: losses"
             for leg, module in enumerate(modules):
                 stage = plan.stage(Place(rank, leg))
                 job.assert_same(taken_gradients(module), expected[stage], f"{plan.name}, turn {turn}, stage {stage}")
-        assert not pipeline._parts and not pipeline._weight_work and not pipeline._sending
+        assert not ours._parts and not ours._weight_work and not ours._sending
+
+
+class OneAfterTheOther:
+    """torch.distributed with the transfers of NCCL: those of a pair of ranks that are no batch happen in the order in
+    which they are issued, whatever their tags are, and a send ends when its receive does."""
+
+    _done = SimpleNamespace(wait=lambda: True, is_completed=lambda: True)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(dist, name)
+
+    def isend(self, tensor: Tensor, peer: int, group: dist.ProcessGroup, tag: int = 0) -> Any:
+        dist.send(tensor, peer, group)
+        dist.recv(torch.empty(1), peer, group, tag=1)
+        return self._done
+
+    def irecv(self, tensor: Tensor, peer: int, group: dist.ProcessGroup, tag: int = 0) -> Any:
+        dist.recv(tensor, peer, group)
+        dist.send(torch.empty(1), peer, group, tag=1)
+        return self._done
+
+    def P2POp(self, op: Callable[..., Any], *arguments: Any) -> dist.P2POp:
+        return dist.P2POp(dist.isend if op == self.isend else dist.irecv, *arguments)
+
+
+class Failure(Exception):
+    pass
+
+
+def failing_at(place: int) -> Any:
+    """`Pipeline`s raise in place of the action with this number."""
+    carry_out, number = Pipeline._carry_out, iter(range(10_000))
+
+    def replaced(self: Pipeline, action: Action, targets: Sequence[Any]) -> None:
+        if next(number) == place:
+            raise Failure
+        carry_out(self, action, targets)
+
+    return mock.patch.object(Pipeline, "_carry_out", replaced)
+
+
+def check_failures_without_transfers() -> None:
+    """One rank: wherever a step fails, the next one computes what it should."""
+    plan = dualpipe_v(1, 3)
+    grid = Grid(1)
+    with grid.open_runtime() as runtime:
+        modules = make_stage(runtime, 0), make_stage(runtime, 1)
+        ours = Pipeline(modules, plan, group=grid.pipe, state_like=LIKE, loss_fn=loss_of)
+        ours.step(**feeds(plan, 0, grid))
+        expected = [taken_gradients(module) for module in modules]
+        for place in range(len(plan.actions[0])):
+            with failing_at(place), pytest.raises(Failure):
+                ours.step(**feeds(plan, 0, grid))
+            for module in modules:
+                module.zero_grad()
+            ours.step(**feeds(plan, 0, grid))
+            for module, grads in zip(modules, expected, strict=True):
+                job.assert_same(taken_gradients(module), grads, f"after a failure at action {place}")
+
+
+def check_failure_of_a_pair() -> None:
+    """What torch's schedule would find in the stages of the next step is gone."""
+    left = Stage([], defers_weights=True)
+    left.expect(mock.Mock())
+    left._weight_work = (mock.Mock(),)
+    stage = SimpleNamespace(stage_index=0, submod=left)
+    pair = SimpleNamespace(sub_actions=[SimpleNamespace(stage_index=0, microbatch_index=0)] * 2)
+    schedule = mock.Mock(_stages=[stage], fwd_recv_ops=mock.Mock(pop=mock.Mock(side_effect=Failure)))
+    with pytest.raises(Failure):
+        _run_pair(pair, SimpleNamespace(schedule_ref=schedule))
+    assert left._flow_ahead is None
+    left.build_weight_step()()
+
+
+def check_failure_between_transfers() -> None:
+    """Two ranks: a step that has failed is the last one, and says so at once."""
+    plan = dualpipe_v(2, 4)
+    grid = Grid(2)
+    rank = dist.get_rank(grid.pipe)
+    with grid.open_runtime() as runtime:
+        modules = tuple(make_stage(runtime, plan.stage(Place(rank, leg))) for leg in (0, 1))
+        ours = Pipeline((modules[0], modules[1]), plan, group=grid.pipe, state_like=LIKE, loss_fn=loss_of)
+        with failing_at(len(plan.actions[rank]) - 1), pytest.raises(Failure):
+            ours.step(**feeds(plan, rank, grid))
+        dist.barrier()  # the other rank may still wait for what this one has sent
+        with pytest.raises(ConfigError, match="failed between transfers"):
+            ours.step(**feeds(plan, rank, grid))
 
 
 def check_torch_schedule(*, is_overlapped: bool) -> None:
@@ -176,15 +268,37 @@ def check_torch_schedule(*, is_overlapped: bool) -> None:
             job.assert_same(taken_gradients(stage.submod), expected[stage.stage_index], what)
 
 
-def pipeline_rank(port: int) -> None:
-    rank = int(os.environ["COMMLIB_RANK"])
+@contextmanager
+def joined(port: int) -> Iterator[None]:
+    rank, size = (int(os.environ[name]) for name in ("COMMLIB_RANK", "COMMLIB_WORLD_SIZE"))
     torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, 4, is_master=rank == 0, timeout=timedelta(seconds=30))
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=4, timeout=timedelta(seconds=30))
+    store = dist.TCPStore("127.0.0.1", port, size, is_master=rank == 0, timeout=timedelta(seconds=30))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=30))
     try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def pipeline_rank(port: int) -> None:
+    with joined(port):
         check_pipeline(dualpipe(4, 4))
         check_pipeline(dualpipe_v(2, 5))
         check_torch_schedule(is_overlapped=False)
         check_torch_schedule(is_overlapped=True)
-    finally:
-        dist.destroy_process_group()
+
+
+def in_order_rank(port: int) -> None:
+    with joined(port), mock.patch.object(pipeline, "dist", OneAfterTheOther()):
+        check_pipeline(dualpipe(4, 4))
+
+
+def failing_rank(port: int) -> None:
+    with joined(port):
+        check_failures_without_transfers()
+        check_failure_of_a_pair()
+
+
+def failing_pair_rank(port: int) -> None:
+    with joined(port):
+        check_failure_between_transfers()

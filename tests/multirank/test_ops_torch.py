@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from commlib import ops
 from commlib.errors import ConfigError
+from commlib.handle import Handle
 from commlib.runtime import Runtime
 from commlib.testing.payloads import random_payload
 from commlib.testing.spawn import check_ranks
@@ -109,24 +110,41 @@ def check_compile(runtime: Runtime) -> None:
 
 
 def check_wrong_types(runtime: Runtime) -> None:
-    """What torch's schema would refuse on one rank alone is refused on all of them."""
-    idx = WORK.topk_idx[runtime.rank]
+    """What torch's schema would refuse on one rank alone is refused on all of them, and the next call works."""
+    idx, weights = WORK.topk_idx[runtime.rank], WORK.topk_weights[runtime.rank]
     x, is_wrong = torch.zeros(len(idx), HIDDEN), runtime.rank == 1
+    good: dict[str, Any] = {"x": x, "topk_idx": idx, "topk_weights": weights}
     for changes, message in (
-        ({"x": x.numpy()}, "rank 1: x is a NoneType"),  # not a tensor: as good as none
-        ({"topk_idx": idx.tolist()}, "rank 1: topk_idx is a list"),
-        ({"fp8": 1}, "rank 1: fp8=1 is not"),
-        ({"expert_alignment": "8"}, "rank 1: expert_alignment='8' is not"),
+        ({"x": x.numpy()}, "x is a ndarray, not a torch tensor"),
+        ({"topk_idx": idx.tolist()}, "topk_idx is a list"),
+        ({"topk_idx": idx.numpy()}, "topk_idx is a ndarray"),
+        ({"topk_weights": weights.numpy()}, "topk_weights is a ndarray"),
+        ({"fp8": 1}, "fp8=1 is not"),
+        ({"expert_alignment": "8"}, "expert_alignment='8' is not"),
+        ({"expert_alignment": True}, "expert_alignment=True is not"),
+        ({"capacity": 2**70}, f"capacity={2**70} is not"),
     ):
-        arguments: dict[str, Any] = {"x": x, "topk_idx": idx, **(changes if is_wrong else {})}
-        with pytest.raises(ConfigError, match=message):
-            ops.dispatch(runtime, **arguments)
+        with pytest.raises(ConfigError, match=f"rank 1: {message}"):
+            ops.dispatch(runtime, **good | (changes if is_wrong else {}))
+    got = ops.dispatch(runtime, **good)
+    plain = Handle(got.handle._native, got.handle.layout, got.handle._runtime_id)
+    good = {"y": got.x, "handle": got.handle, "weights": got.row_weights}
+    for changes, message in (
+        ({"y": got.x.detach().numpy()}, "y is a ndarray"),
+        ({"y": None}, "y is a NoneType"),
+        ({"weights": got.row_weights.detach().numpy()}, "weights is a ndarray"),
+        ({"handle": plain}, "ops.combine needs the handle of ops.dispatch, not a Handle"),
+    ):
+        with pytest.raises(ConfigError, match=f"rank 1: {message}"):
+            ops.combine(runtime, **good | (changes if is_wrong else {}))
+    assert_bits(ops.combine(runtime, **good), torch.zeros_like(x), "after refusals")
 
 
 def ops_torch_rank(port: int) -> None:
     group = part_of_job(port, int(os.environ["COMMLIB_RANK"]), 2)
     with Runtime(group, config_of(WORK, timeout_s=20.0), topology=Topology((0, 0))) as runtime:
         check_wrong_types(runtime)
+        gc.collect()  # errors' frames hold rows
         check_checkpoint(runtime)
         check_compile(runtime)
     group.close()

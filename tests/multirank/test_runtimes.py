@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -281,3 +282,19 @@ def unequal_rank() -> None:
 
 def test_ranks_agree_on_the_transport_and_on_what_does_not_fit() -> None:
     check_ranks(f"{HERE}:unequal_rank", 2, ranks_per_node=1, env={"COMMLIB_TRANSPORT": "auto"})
+
+
+def test_a_call_that_the_core_does_not_take_keeps_no_arrays() -> None:
+    import commlib
+
+    with commlib.Runtime(None, config(1)) as runtime:
+        x, idx = np.ones((3, HIDDEN), dtype=np.float32), np.zeros((3, 2), dtype=np.int64)
+        idx[:, 1] = 1
+        engine = mock.Mock(dispatch=mock.Mock(side_effect=commlib.ConfigError("belongs to another process")))
+        with (
+            mock.patch.object(runtime._executor, "_engine", engine),
+            pytest.raises(commlib.ConfigError, match="another process"),
+        ):
+            runtime.dispatch(x, idx)
+        assert runtime._executor._in_flight == []  # type: ignore[attr-defined]
+        assert runtime.dispatch(x, idx).handle.num_tokens == 3

@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from commlib.compat.deep_ep.low_latency import LowLatencyBuffer
-from commlib.compat.deep_ep.rows import Input, aligned_counts, copied, plus_bias, received, sent_back, split_scales
+from commlib.compat.deep_ep.rows import (
+    Input,
+    aligned_counts,
+    check_room,
+    copied,
+    plus_bias,
+    received,
+    sent_back,
+    split_scales,
+)
 from commlib.compat.deep_ep.settings import Config, not_covered
 from commlib.compat.deep_ep.utils.event import EventHandle, EventOverlap, event_after, wait_for
 from commlib.errors import ConfigError
@@ -181,6 +190,7 @@ class Buffer(LowLatencyBuffer):
             topk_weights: FP32 [num_tokens, num_topk].
             expert_alignment: the returned counts (not the rows) are rounded up to a multiple.
             num_worst_tokens: if above 0, return so many rows, the last of them zeros with `topk_idx` -1, and no counts.
+                Equal on all ranks.
             previous_event: waited for first.
             async_finish: return an event.
 
@@ -190,7 +200,7 @@ class Buffer(LowLatencyBuffer):
 
         Raises:
             NotImplementedError: without `topk_idx` and `topk_weights`; scales of another shape.
-            ConfigError: fewer worst tokens than arrive; and as `Runtime.dispatch`.
+            ConfigError: fewer worst tokens than arrive on some rank (on all ranks alike); and as `Runtime.dispatch`.
         """
         wait_for(previous_event)
         rows, scales = split_scales(x)
@@ -205,8 +215,8 @@ class Buffer(LowLatencyBuffer):
         runtime = self._runtime(rows, num_tokens_per_expert.shape[0], topk_idx.shape[1], num_sms=self.num_sms)
         got = runtime.dispatch(rows, topk_idx, topk_weights, scales=scales, layout=Layout.ROWS)
         num_rows = num_worst_tokens or got.handle.num_rows
-        if num_rows < got.handle.num_rows:
-            raise ConfigError(f"num_worst_tokens={num_worst_tokens} is below the {got.handle.num_rows} rows received")
+        if num_worst_tokens:
+            check_room(got.handle, num_worst_tokens, f"{num_worst_tokens=}")
         return (
             received(got.x, got.scales, num_rows),
             copied(got.topk_idx, num_rows, fill=-1),

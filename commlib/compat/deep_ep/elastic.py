@@ -10,7 +10,16 @@ from torch import Tensor
 
 from commlib.compat.deep_ep.ep_handle import EPHandle
 from commlib.compat.deep_ep.other_primitives import STORAGE, OtherPrimitives
-from commlib.compat.deep_ep.rows import Input, copied, join_scales, plus_bias, received, sent_back, split_scales
+from commlib.compat.deep_ep.rows import (
+    Input,
+    check_room,
+    copied,
+    join_scales,
+    plus_bias,
+    received,
+    sent_back,
+    split_scales,
+)
 from commlib.compat.deep_ep.runtimes import BufferBase, rank_and_size, topology_of
 from commlib.compat.deep_ep.settings import DEFAULT_NUM_SMS
 from commlib.compat.deep_ep.utils.event import EventHandle, EventOverlap, event_after, wait_for
@@ -168,7 +177,8 @@ class ElasticBuffer(OtherPrimitives, BufferBase):
             cumulative_local_expert_recv_stats: int32 [local experts], increased by what arrives.
             num_experts: experts over all ranks; needed without `handle`.
             num_sms: SMs that a kernel takes; counts in the first dispatch of a shape. 0 = the default.
-            num_max_tokens_per_rank: for the number of rows without `do_cpu_sync`; None = the buffer's.
+            num_max_tokens_per_rank: for the number of rows without `do_cpu_sync`, equal on all ranks; None = the
+                buffer's.
             expert_alignment: expanded: every expert's rows are padded to a multiple; else only counts are. None = 1.
             previous_event, previous_event_before_epilogue: waited for first.
             async_with_compute_stream: return an event.
@@ -215,9 +225,8 @@ class ElasticBuffer(OtherPrimitives, BufferBase):
         is_synced = do_cpu_sync is not False
         num_rows = got.handle.num_rows
         if not is_synced:
-            num_rows = self._worst_rows(
-                num_rows, most, num_experts, topk_idx.shape[1], alignment if do_expand else None
-            )
+            num_rows = self._worst_rows(most, num_experts, topk_idx.shape[1], alignment if do_expand else None)
+            check_room(got.handle, num_rows, f"num_max_tokens_per_rank={most}", alignment)
         new = EPHandle(
             runtime=runtime,
             inner=got.handle,
@@ -272,15 +281,13 @@ class ElasticBuffer(OtherPrimitives, BufferBase):
         out = handle._runtime.combine(sent_back(x, given, inner.num_rows), inner, weight_grads=grads)
         return plus_bias(out.x, bias), out.weight_grads, event_after(async_with_compute_stream)
 
-    def _worst_rows(self, num_rows: int, most: int, num_experts: int, num_topk: int, alignment: int | None) -> int:
+    def _worst_rows(self, most: int, num_experts: int, num_topk: int, alignment: int | None) -> int:
         """Rows that arrive at most if ranks send `most` tokens each; `alignment` is None unless expanded."""
         worst = most * self.num_ranks
         if alignment is not None:
             num_local_experts = num_experts // self.num_ranks
             gaps = (alignment - 1) * num_local_experts
             worst = align_up(worst * min(num_topk, num_local_experts) + gaps, alignment)
-        if num_rows > worst:
-            raise ConfigError(f"{num_rows} rows arrived, num_max_tokens_per_rank={most} allows {worst}")
         return worst
 
 

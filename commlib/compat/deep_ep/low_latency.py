@@ -117,15 +117,16 @@ class LowLatencyBuffer(BufferBase):
 
         Raises:
             NotImplementedError: with `dispatch_wait_recv_cost_stats`.
+            ConfigError: a rank has more tokens than that; on every rank, as by the Runtime.
         """
         if dispatch_wait_recv_cost_stats is not None:
             raise NotImplementedError("commlib's deep_ep does not cover dispatch_wait_recv_cost_stats")
         if use_ue8m0 and not (use_fp8 and round_scale):
             raise ConfigError("use_ue8m0 needs use_fp8 and round_scale")
-        if x.shape[0] > num_max_dispatch_tokens_per_rank:
-            raise ConfigError(f"{x.shape[0]} tokens exceed {num_max_dispatch_tokens_per_rank=}")
         topk_idx = self._without_masked(topk_idx, num_experts)
         runtime = self._runtime(x, num_experts, topk_idx.shape[1], num_sms=self.num_sms)
+        if x.shape[0] > num_max_dispatch_tokens_per_rank:
+            runtime.refuse(f"{x.shape[0]} tokens exceed {num_max_dispatch_tokens_per_rank=}")
         fp8 = None if not use_fp8 else "pow2" if round_scale else "fp32"
         pending = runtime.dispatch_send(x, topk_idx, layout=Layout.GROUPED, expert_alignment=1, fp8=fp8)
         handle = LowLatencyHandle(

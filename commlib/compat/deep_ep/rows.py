@@ -7,11 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from commlib.layout import SCALE_BLOCK, align_up
+from commlib.errors import ConfigError
+from commlib.handle import Handle
+from commlib.layout import SCALE_BLOCK, Layout, align_up
 
 __all__ = [
     "Input",
     "aligned_counts",
+    "check_room",
     "copied",
     "join_scales",
     "plus_bias",
@@ -66,6 +69,34 @@ def copied(tensor: Tensor, num_rows: int, fill: float = 0) -> Tensor:
     """
     out = resized(tensor, num_rows, fill)
     return out.clone() if num_rows <= tensor.shape[0] else out
+
+
+def check_room(handle: Handle, room: int, rule: str, expert_alignment: int = 1) -> None:
+    """A fixed number of rows has to do for what every rank receives. All ranks know all counts: with the same `room`
+    they all raise, or none.
+
+    Args:
+        handle: of the dispatch.
+        room: rows.
+        rule: where the number comes from, for the message.
+        expert_alignment: of a grouped dispatch.
+
+    Raises:
+        ConfigError: a rank has received more.
+    """
+    per_rank = handle.num_tokens_per_rank()
+    if handle.layout is Layout.ROWS:
+        received_rows = [sum(column) for column in zip(*per_rank, strict=True)]
+    else:
+        load = handle.load()
+        step = len(load) // len(per_rank)
+        received_rows = [
+            sum(align_up(count, expert_alignment) for count in load[first : first + step])
+            for first in range(0, len(load), step)
+        ]
+    most = max(received_rows)
+    if most > room:
+        raise ConfigError(f"rank {received_rows.index(most)} receives {most} rows, {rule} has room for {room}")
 
 
 def received(rows: Tensor, scales: Tensor | None, num_rows: int) -> Input:

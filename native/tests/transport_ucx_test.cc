@@ -401,21 +401,6 @@ TEST_CASE("a peer that was never connected from here may send") {
   CHECK_FALSE(a.transport->take_fault().has_value());
 }
 
-TEST_CASE("auto takes ucx where there is no RDMA port") {
-  TokenCounter tokens;
-  const std::string expected = has_verbs() ? "verbs" : "ucx";
-  CHECK(make_transport("auto", &tokens, 0)->name() == expected);
-  MESSAGE(describe_verbs());
-}
-
-TEST_CASE("verbs without a port, or without a library, is an error that says so") {
-  TokenCounter tokens;
-  TransportOptions options;
-  options.nics = {"no_such_port"};
-  CHECK_THROWS_WITH_AS(make_transport("verbs", &tokens, 3, options),
-                       doctest::Contains("rank 3: verbs: "), TransportException);
-}
-
 TEST_CASE("misuse is reported, not transmitted") {
   StreamShape shape{4096, 1, 4};
   Node a(0, shape, make_node_transport), b(1, shape, make_node_transport);

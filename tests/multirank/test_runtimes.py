@@ -298,3 +298,14 @@ def test_a_call_that_the_core_does_not_take_keeps_no_arrays() -> None:
             runtime.dispatch(x, idx)
         assert runtime._executor._in_flight == []  # type: ignore[attr-defined]
         assert runtime.dispatch(x, idx).handle.num_tokens == 3
+
+
+def test_a_device_that_is_not_there_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    import commlib
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for device in ("cuda", "cuda:3", torch.device("cuda", 3)):
+        with pytest.raises(commlib.ConfigError, match=r"'cuda(:3)?' is not there: torch .* finds 0 CUDA devices"):
+            commlib.Runtime(None, config(1), device=device)

@@ -6,7 +6,7 @@ variable                        meaning
 COMMLIB_RANKS_PER_NODE          ranks that count as one node, to simulate several nodes on one machine
 COMMLIB_TIMEOUT                 seconds without progress after which a wait raises
 COMMLIB_HEARTBEAT_TIMEOUT       seconds without a heartbeat after which a peer counts as lost
-COMMLIB_LOG                     debug | info | warning | error
+COMMLIB_LOG                     debug | info | warning | error, on stderr unless the program sets up logging
 COMMLIB_RENDEZVOUS              tcp://host:port at which ranks meet
 COMMLIB_JOB_TOKEN               secret that the ranks of one job share
 COMMLIB_RANK                    this process's rank
@@ -60,7 +60,7 @@ class Env:
     ranks_per_node: int | None = None
     timeout_s: float | None = None
     heartbeat_timeout_s: float | None = None
-    log: str = "warning"
+    log: str | None = None
     rendezvous: str | None = None
     # A secret: whoever knows it can join the job, so it stays out of logs.
     job_token: str | None = field(default=None, repr=False)

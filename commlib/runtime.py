@@ -69,7 +69,7 @@ class Runtime:
         try:
             self.rank: int = boot.rank
             self.num_ranks: int = boot.size
-            self.topology = _agree_on_topology(boot, self.config, topology, env, connect_timeout_s, _kind_of(device))
+            self.topology = _agree_on_topology(boot, self.config, topology, env, connect_timeout_s, device)
             self._executor: Executor = make_executor(boot, self.config, self.topology, self._id, connect_timeout_s)
             self._bootstrap_text = boot.describe()
         finally:
@@ -303,7 +303,7 @@ def _agree_on_topology(
     topology: Topology | None,
     env: Env,
     timeout_s: float,
-    device_kind: str,
+    device: Any,
 ) -> Topology:
     """Raises on all ranks alike if a rank's numbers do not fit or ranks were told different things."""
 
@@ -314,9 +314,13 @@ def _agree_on_topology(
         if given is not None and given.num_ranks != boot.size:
             raise ConfigError(f"topology has {given.num_ranks} ranks, the group has {boot.size}")
         config.check_ranks(boot.size)
+        if _kind_of(device) == "cuda":
+            from commlib.cuda.engine import check_device
+
+            check_device(device)
         nodes = "found out" if given is None else list(given.node_of_rank)
         return json.dumps(
-            {"must agree": {**config.shared(), "device": device_kind, "topology": nodes}, "node": node_key()}
+            {"must agree": {**config.shared(), "device": _kind_of(device), "topology": nodes}, "node": node_key()}
         ).encode()
 
     told = [json.loads(blob) for blob in allgather_or_raise(boot, tell, timeout_s=timeout_s)]

@@ -10,7 +10,7 @@ export PATH="$VENV/bin:$PATH"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 die() {
-    printf '%s: %s\n' "${0##*/}" "$*" >&2
+    printf 'launch/%s: %s\n' "${0##*/}" "$*" >&2
     exit 1
 }
 

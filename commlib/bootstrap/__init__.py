@@ -35,9 +35,22 @@ def connect(group: object | None = None, *, env: Env | None = None, timeout_s: f
         CommTimeout: names the ranks that did not come in time.
         ConfigError: the group or the environment cannot be used; says what to set.
     """
-    bootstrap = _connect_by_environment(env or read_env(), timeout_s) if group is None else _adopt(group, timeout_s)
+    env = env or read_env()
+    if env.log is not None:
+        _log_at(env.log)
+    bootstrap = _connect_by_environment(env, timeout_s) if group is None else _adopt(group, timeout_s)
     logger.info("bootstrap: %s", bootstrap.describe())
     return bootstrap
+
+
+def _log_at(level: str) -> None:
+    """For all loggers of commlib; on stderr if the program has set up nothing else."""
+    package = logging.getLogger("commlib")
+    package.setLevel(level.upper())
+    if not package.hasHandlers():
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+        package.addHandler(handler)
 
 
 def _connect_by_environment(env: Env, timeout_s: float) -> Bootstrap:

@@ -108,17 +108,20 @@ def _asks_for_rendezvous(env: Env) -> bool:
 def _choose_rendezvous(env: Env, environ: Mapping[str, str], launched: _Launched | None) -> Choice:
     rank = env.rank if env.rank is not None else launched.rank if launched else None
     size = env.world_size if env.world_size is not None else launched.size if launched else None
+    # An explicit rendezvous may be reachable by anybody, so its token has to be explicit as well.
+    has_address = env.rendezvous is None and launched is not None and launched.by == "torchrun"
+    token = env.job_token or (_torchrun_token(environ) if has_address else None)
+    missing = []
     if rank is None or size is None:
-        raise ConfigError("a rendezvous needs COMMLIB_RANK and COMMLIB_WORLD_SIZE (or mpirun or torchrun to tell them)")
+        missing.append("set COMMLIB_RANK and COMMLIB_WORLD_SIZE (or let mpirun or torchrun tell them)")
+    if env.rendezvous is None and not has_address:
+        missing.append("set COMMLIB_RENDEZVOUS=tcp://host:port, an address of rank 0's machine, on all ranks")
+    if token is None:
+        missing.append(TOKEN_HINT)
+    if rank is None or size is None or token is None or missing:
+        raise ConfigError(f"too little is known for a rendezvous: {'; '.join(missing)}")
     if rank >= size:
         raise ConfigError(f"rank {rank} is not below the world size {size}")
-    has_address = launched is not None and launched.by == "torchrun"
-    if env.rendezvous is None and not has_address:
-        raise ConfigError("set COMMLIB_RENDEZVOUS=tcp://host:port, an address of rank 0's machine, on all ranks")
-    # An explicit rendezvous may be reachable by anybody, so its token has to be explicit as well.
-    token = env.job_token or (_torchrun_token(environ) if env.rendezvous is None else None)
-    if token is None:
-        raise ConfigError(f"COMMLIB_RENDEZVOUS is set but COMMLIB_JOB_TOKEN is not: {TOKEN_HINT}")
     endpoint = env.rendezvous or _torchrun_endpoint(environ)
     return Choice(kind="zmq", rank=rank, size=size, endpoint=endpoint, token=token)
 

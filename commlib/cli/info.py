@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.metadata
 import os
 import platform
@@ -45,5 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"locked memory limit: {_limit(memlock)}")
     print(f"cores: {len(os.sched_getaffinity(0))}")
     print(f"node key: {node_key()}")
-    print(f"environment: {read_env()}")
+    env = read_env()  # what was read; its repr leaves out the secret, and defaults say nothing
+    told = [field for field in dataclasses.fields(env) if field.repr and getattr(env, field.name) != field.default]
+    print("environment:", ", ".join(f"{field.name}={getattr(env, field.name)!r}" for field in told) or "nothing set")
     return 0

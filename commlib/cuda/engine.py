@@ -7,6 +7,7 @@ waits if the caller wants to know sizes.
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -21,7 +22,7 @@ from commlib.errors import ConfigError
 from commlib.executor import CombineCall, DispatchCall
 from commlib.handle import Combined, Dispatched, Handle
 
-__all__ = ["CudaEngine"]
+__all__ = ["CudaEngine", "check_device"]
 
 _T = TypeVar("_T")
 
@@ -123,6 +124,19 @@ class CudaEngine(OpQueue):
     def overflowed(self) -> Any:
         """int32 [1] on the device, not 0 once a dispatch has overflowed its capacity."""
         return self.buffers.overflowed()
+
+
+def check_device(device: Any) -> None:
+    """Before ranks open anything together.
+
+    Raises:
+        ConfigError: there is no such device here, or what launches kernels is not installed.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if (torch.device(str(device)).index or 0) >= count:
+        raise ConfigError(f"device={str(device)!r} is not there: torch {torch.__version__} finds {count} CUDA devices")
+    if importlib.util.find_spec("cupy") is None:
+        raise ConfigError("CUDA devices need CuPy: pip install cupy-cuda13x")
 
 
 def _is_latency_handle(handle: Any) -> bool:

@@ -106,6 +106,10 @@ class TrainConfig:
     ema_decay: float = 0.98
     seed: int = 1
 
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps={self.steps} is below 1")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:

@@ -75,17 +75,22 @@ def test_torchrun_without_a_group_meets_at_a_port_of_its_own() -> None:
 @pytest.mark.parametrize(
     ("env", "environ", "flags", "message"),
     [
-        ({"rendezvous": "tcp://h:1", "rank": 0, "world_size": 2}, {}, {}, "COMMLIB_JOB_TOKEN is not: .*token_hex"),
-        ({"rendezvous": "tcp://h:1"}, TORCHRUN, {}, "COMMLIB_JOB_TOKEN is not: .*token_hex"),
-        (MEETING, {}, {}, "needs COMMLIB_RANK and COMMLIB_WORLD_SIZE"),
+        (
+            {"rendezvous": "tcp://h:1", "rank": 0, "world_size": 2},
+            {},
+            {},
+            "rendezvous: set COMMLIB_JOB_TOKEN .*token_hex",
+        ),
+        ({"rendezvous": "tcp://h:1"}, TORCHRUN, {}, "rendezvous: set COMMLIB_JOB_TOKEN .*token_hex"),
+        (MEETING, {}, {}, "rendezvous: set COMMLIB_RANK and COMMLIB_WORLD_SIZE .*them[)]$"),
         ({"rank": 0, "world_size": 2}, {}, {}, "set COMMLIB_RENDEZVOUS=tcp://host:port"),
         ({"rank": 0, "world_size": 2}, PMI, {}, "set COMMLIB_RENDEZVOUS=tcp://host:port"),
-        ({"world_size": 2}, {}, {}, "needs COMMLIB_RANK"),
+        ({"world_size": 2}, {}, {}, "COMMLIB_RANK.*; set COMMLIB_RENDEZVOUS.*; set COMMLIB_JOB_TOKEN"),
         ({**MEETING, "world_size": 2}, OMPI, {}, "rank 2 is not below the world size 2"),
         ({}, PMI, {"mpi4py": False}, "mpi4py is not installed.*COMMLIB_RENDEZVOUS.*COMMLIB_JOB_TOKEN"),
         ({"bootstrap": "mpi"}, {}, {"mpi4py": False}, "COMMLIB_BOOTSTRAP=mpi needs mpi4py"),
         ({"bootstrap": "torch"}, TORCHRUN, {}, "init_process_group"),
-        ({"bootstrap": "zmq"}, {}, {}, "needs COMMLIB_RANK"),
+        ({"bootstrap": "zmq"}, {}, {}, "set COMMLIB_RANK.*; set COMMLIB_RENDEZVOUS.*; set COMMLIB_JOB_TOKEN"),
         ({}, {**PMI, "PMI_RANK": "one"}, {}, "PMI_RANK='one' is not an integer"),
     ],
 )

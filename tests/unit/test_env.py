@@ -6,7 +6,7 @@ from commlib.errors import ConfigError
 
 def test_nothing_set_gives_defaults() -> None:
     assert read_env({"PATH": "/bin", "XCOMMLIB_RANK": "1"}) == Env()
-    assert Env().log == "warning" and Env().bootstrap == "auto" and Env().timeout_s is None
+    assert Env().log is None and Env().bootstrap == "auto" and Env().timeout_s is None
 
 
 def test_every_variable() -> None:

@@ -84,7 +84,8 @@ class CpuExecutor:
         self._wait(self._engine.barrier())
 
     def check(self) -> None:
-        """Nothing is left for later here: every call raises its own errors."""
+        """Calls raise their own errors; what is left is a fault that nobody has met in a call."""
+        self._raise_unless_done(self._engine.status())
 
     def record_stream(self, tensor: Any, stream: Any) -> None:
         """CPU work is done when a call returns."""
@@ -109,8 +110,7 @@ class CpuExecutor:
     def close(self) -> None:
         outcome = self._engine.close()
         self._in_flight.clear()
-        if outcome.kind.name != "DONE":
-            raise error_of(outcome, self._rank)
+        self._raise_unless_done(outcome)
 
     def abandon(self) -> None:
         self._engine.abandon()
@@ -131,6 +131,9 @@ class CpuExecutor:
     def _wait(self, op: Any) -> None:
         outcome = op.wait()
         self._in_flight = [pending for pending in self._in_flight if not pending.is_finished()]
+        self._raise_unless_done(outcome)
+
+    def _raise_unless_done(self, outcome: Any) -> None:
         if outcome.kind.name != "DONE":
             raise error_of(outcome, self._rank)
 

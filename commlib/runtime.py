@@ -203,12 +203,12 @@ class Runtime:
         self._executor.barrier()
 
     def check(self) -> None:
-        """Raises what went wrong since the last call, without waiting. Only this and `close` raise the refusal of a
-        call with `capacity`: nobody waits for its verdict.
+        """Raises what went wrong since the last call, without waiting: a lost peer is noticed also between calls. Only
+        this and `close` raise the refusal of a call with `capacity`: nobody waits for its verdict.
 
         Raises:
             ConfigError: an operation was refused, see `dispatch`.
-            CommTimeout: a rank did not come in time.
+            CommTimeout, PeerLostError, TransportError: see `dispatch`.
         """
         self._executor.check()
 

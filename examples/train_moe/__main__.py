@@ -21,6 +21,7 @@ from examples.train_moe import checkpoint
 from examples.train_moe.bigram import bigram_loss, fit_bigram
 from examples.train_moe.config import ModelConfig, ParallelConfig, TrainConfig
 from examples.train_moe.data import HELD_OUT, held_out_windows, load_plays, split_plays
+from examples.train_moe.faults import FAULTS, leave
 from examples.train_moe.history import History
 from examples.train_moe.parallel import connect
 from examples.train_moe.plots import plot_load, plot_loss
@@ -31,7 +32,7 @@ Config = TypeVar("Config", ModelConfig, TrainConfig, ParallelConfig)
 
 
 def main() -> int:
-    """0, or 1 when the model had to beat the bigram and did not."""
+    """0, or 1 when the model had to beat the bigram and did not; leaves with another status when a rank is lost."""
     arguments = parse_arguments()
     torch.set_num_threads(arguments.threads)
     ranks = connect(arguments.device)
@@ -46,6 +47,8 @@ def main() -> int:
             prepare(trainer, arguments)
             train(trainer, arguments)
             return report(trainer, training_text, windows, arguments)
+    except FAULTS as fault:
+        leave(ranks.rank, fault)
     finally:
         dist.destroy_process_group()
         ranks.close()

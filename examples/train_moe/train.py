@@ -16,6 +16,7 @@ from commlib import bootstrap, routing
 from examples.train_moe.config import ModelConfig, ParallelConfig, TrainConfig
 from examples.train_moe.data import Batches
 from examples.train_moe.ema import Ema
+from examples.train_moe.faults import as_fault
 from examples.train_moe.micro_batches import add_gradients
 from examples.train_moe.model import Losses, Transformer, next_byte_loss
 from examples.train_moe.optimizer import AdamW, clip_global_norm, learning_rate
@@ -195,8 +196,15 @@ class Trainer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Ends the average's thread and the runtime: together with the other ranks, or at once after an error."""
+        """Ends the average's thread and the runtime: together with the other ranks, or at once after an error.
+
+        Raises:
+            PeerLostError, CommTimeout, TransportError: a rank is lost, and torch.distributed was the first to notice.
+        """
+        fault = None if error is None else as_fault(error, self.runtime)
         try:
             self.ema.close()
         finally:
             self.runtime.__exit__(kind, error, trace)
+        if fault is not None:
+            raise fault from error

@@ -170,7 +170,7 @@ void register_engine(nb::module_& module) {
       .def("barrier", &barrier)
       .def("close", &Engine::close, nb::call_guard<nb::gil_scoped_release>())
       .def("abandon", &Engine::abandon, nb::call_guard<nb::gil_scoped_release>())
-      .def_prop_ro("has_fault", &Engine::has_fault)
+      .def("status", &Engine::status)
       .def("describe_transport", &Engine::describe_transport)
       .def("counters", &counters)
       .def("memory", &memory);

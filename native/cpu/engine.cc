@@ -172,6 +172,14 @@ void Engine::connect(const std::vector<std::vector<uint8_t>>& addresses) {
   executor_->start();
 }
 
+Outcome Engine::status() const {
+  Outcome outcome;
+  outcome.kind = board_.raised() ? OutcomeKind::kFault : OutcomeKind::kDone;
+  outcome.fault = board_.record();
+  outcome.waited_phase = "no operation";
+  return outcome;
+}
+
 Outcome Engine::close() {
   Outcome outcome;
   outcome.kind = OutcomeKind::kDone;

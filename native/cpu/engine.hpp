@@ -58,6 +58,8 @@ class Engine {
   void abandon() { stop(false); }
 
   const Group& group() const { return mesh_->group(); }
+  // What the next operation would meet, without waiting: kDone or kFault.
+  Outcome status() const;
   bool has_fault() const { return board_.raised(); }
   FaultRecord fault() const { return board_.record(); }
   std::string describe_transport() const;

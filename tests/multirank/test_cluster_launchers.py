@@ -27,9 +27,10 @@ def test_slurm_ranks_meet(tmp_path: Path) -> None:
         (tmp_path / name).chmod(0o755)
     program = tmp_path / "program.py"
     program.write_text(
-        "import commlib\n"
+        "import os, commlib\n"
         "with commlib.Runtime(None, commlib.RuntimeConfig(hidden=64, num_experts=4, num_topk=1)) as rt:\n"
-        "    print('rank', rt.rank, 'of', rt.num_ranks, rt.topology.num_nodes, 'nodes', flush=True)\n"
+        "    line = f'rank {rt.rank} of {rt.num_ranks} {rt.topology.num_nodes} nodes'\n"
+        "    os.write(1, f'{line}\\n'.encode())\n"  # at once: all ranks write to one pipe
     )
     environ = {name: value for name, value in os.environ.items() if not name.startswith("COMMLIB_")}
     port = free_port() % 20000

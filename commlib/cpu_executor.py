@@ -17,6 +17,7 @@ from commlib.layout import default_arena_bytes
 from commlib.memory import MemoryReport
 from commlib.pending import PendingCombine, PendingDispatch, prepare_combine, prepare_dispatch
 from commlib.topology import Topology
+from commlib.trace import HostClock, Span, lane_of
 from commlib.transport import transport_options
 
 __all__ = ["CpuExecutor"]
@@ -48,6 +49,7 @@ class CpuExecutor:
         self._engine = _build_engine(boot, _native_config(boot.rank, config, topology), connect_timeout_s)
         # The native core uses the arrays of an operation until it is over, also if the caller drops what it was given.
         self._in_flight: list[PendingDispatch | PendingCombine] = []
+        self._spans: list[Span] | None = None  # while a trace is taken
 
     def dispatch_send(self, call: DispatchCall) -> PendingDispatch:
         pending = prepare_dispatch(self._engine, self._config, self._id, call)
@@ -101,6 +103,14 @@ class CpuExecutor:
     def memory(self) -> MemoryReport:
         return MemoryReport(**self._engine.memory())
 
+    def start_trace(self) -> HostClock:
+        self._spans = []
+        return HostClock()
+
+    def take_trace(self) -> list[Span]:
+        spans, self._spans = self._spans, None
+        return spans or []
+
     def describe(self) -> str:
         return f"CPU threads; scale-out: {self._engine.describe_transport()}"
 
@@ -123,12 +133,31 @@ class CpuExecutor:
 
     def _wait(self, op: Any) -> None:
         outcome = op.wait()
+        if self._spans is not None:
+            self._spans += _spans_of(op)
         self._in_flight = [pending for pending in self._in_flight if not pending.is_finished()]
         self._raise_unless_done(outcome)
 
     def _raise_unless_done(self, outcome: Any) -> None:
         if outcome.kind.name != "DONE":
             raise error_of(outcome, self._rank)
+
+
+def _spans_of(op: Any) -> list[Span]:
+    """Of a finished operation: all of it, its exchanges, and what passed rows on between nodes."""
+    if not op.spans:  # the engine was stopped before it came to it
+        return []
+    *parts, (name, begin_s, end_s) = op.spans
+    lane = lane_of(name)
+    if lane is None:
+        return []
+    spans = [Span(lane, name, begin_s, end_s)]
+    spans += [Span(lane, *part) for part in parts if part[0] == "exchange"]
+    # A role for each source or thread; the lane shows them as one.
+    if forwarding := [part for part in parts if lane_of(part[0]) == "forward"]:
+        names, begins, ends = zip(*forwarding, strict=True)
+        spans.append(Span("forward", names[0], min(begins), max(ends)))
+    return spans
 
 
 def _native_config(rank: int, config: RuntimeConfig, topology: Topology) -> Any:

@@ -1,4 +1,4 @@
-"""The command `commlib`: info and bench."""
+"""The command `commlib`: info, bench and trace."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ __all__ = ["main"]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand; returns the exit status."""
-    from commlib.cli import bench, info
+    from commlib.cli import bench, info, trace
 
     parser = argparse.ArgumentParser(prog="commlib", description="Distributed MoE dispatch and combine.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for module in (info, bench):
+    for module in (info, bench, trace):
         module.add_parser(commands)
     arguments = parser.parse_args(argv)
     try:

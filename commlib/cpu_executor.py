@@ -17,6 +17,7 @@ from commlib.layout import default_arena_bytes
 from commlib.memory import MemoryReport
 from commlib.pending import PendingCombine, PendingDispatch, prepare_combine, prepare_dispatch, reason_of
 from commlib.topology import Topology
+from commlib.trace import HostClock, Span, lane_of
 from commlib.transport import transport_options
 
 __all__ = ["CpuExecutor"]
@@ -48,6 +49,7 @@ class CpuExecutor:
         self._engine = _build_engine(boot, config, topology, connect_timeout_s)
         # The native core uses the arrays of an operation until it is over, also if the caller drops what it was given.
         self._in_flight: list[PendingDispatch | PendingCombine] = []
+        self._spans: list[Span] | None = None  # while a trace is taken
 
     def dispatch_send(self, call: DispatchCall) -> PendingDispatch:
         pending = prepare_dispatch(self._engine, self._config, self._id, call)
@@ -104,6 +106,14 @@ class CpuExecutor:
     def memory(self) -> MemoryReport:
         return MemoryReport(**self._engine.memory())
 
+    def start_trace(self) -> HostClock:
+        self._spans = []
+        return HostClock()
+
+    def take_trace(self) -> list[Span]:
+        spans, self._spans = self._spans, None
+        return spans or []
+
     def describe(self) -> str:
         return f"CPU threads; scale-out: {self._engine.describe_transport()}"
 
@@ -130,6 +140,8 @@ class CpuExecutor:
 
     def _wait(self, op: Any) -> None:
         outcome = op.wait()
+        if self._spans is not None:
+            self._spans += _spans_of(op)
         self._in_flight = [pending for pending in self._in_flight if not pending.is_finished()]
         self._raise_unless_done(outcome)
 
@@ -144,6 +156,23 @@ def agree_on_transport(boot: Bootstrap, name: str, options: Any, timeout_s: floa
         return name
     told = allgather_or_raise(boot, lambda: b"1" if _native.has_verbs(options) else b"0", timeout_s=timeout_s)
     return "verbs" if all(each == b"1" for each in told) else "ucx"
+
+
+def _spans_of(op: Any) -> list[Span]:
+    """Of a finished operation: all of it, its exchanges, and what passed rows on between nodes."""
+    if not op.spans:  # the engine was stopped before it came to it
+        return []
+    *parts, (name, begin_s, end_s) = op.spans
+    lane = lane_of(name)
+    if lane is None:
+        return []
+    spans = [Span(lane, name, begin_s, end_s)]
+    spans += [Span(lane, *part) for part in parts if part[0] == "exchange"]
+    # A role for each source or thread; the lane shows them as one.
+    if forwarding := [part for part in parts if lane_of(part[0]) == "forward"]:
+        names, begins, ends = zip(*forwarding, strict=True)
+        spans.append(Span("forward", names[0], min(begins), max(ends)))
+    return spans
 
 
 def _native_config(rank: int, config: RuntimeConfig, topology: Topology) -> Any:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from commlib.handle import Combined, Dispatched, Handle
 from commlib.layout import Layout
 from commlib.memory import MemoryReport
+
+if TYPE_CHECKING:
+    from commlib.trace import Clock, Span
 
 __all__ = ["CombineCall", "DispatchCall", "Executor"]
 
@@ -80,6 +83,12 @@ class Executor(Protocol):
 
     def memory(self) -> MemoryReport:
         """Bytes that this rank holds now."""
+
+    def start_trace(self) -> Clock:
+        """Notes the times of operations from now on; the clock is theirs."""
+
+    def take_trace(self) -> list[Span]:
+        """What `start_trace` has noted, of finished operations; ends it."""
 
     def describe(self) -> str:
         """What carries the bytes, for logs."""

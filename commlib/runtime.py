@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable
 from functools import partial
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from commlib import bootstrap as _bootstrap
 from commlib.bootstrap.agreement import allgather_or_raise, require_equal
@@ -21,6 +21,9 @@ from commlib.handle import Combined, Dispatched, Handle
 from commlib.layout import Layout
 from commlib.memory import MemoryReport
 from commlib.topology import Topology, node_key
+
+if TYPE_CHECKING:
+    from commlib.trace import Recorder, Span
 
 __all__ = ["Runtime"]
 
@@ -75,6 +78,7 @@ class Runtime:
         finally:
             if boot is not group:
                 boot.close()
+        self.trace: Recorder | None = None  # between start_trace and take_trace
         self._is_closed = False
         # A Runtime that is dropped, or a process that ends, must not leave peers waiting for it.
         self._finalizer = weakref.finalize(self, _abandon, self._executor)
@@ -236,6 +240,30 @@ class Runtime:
     def memory(self) -> MemoryReport:
         """Bytes that this rank holds now."""
         return self._executor.memory()
+
+    def start_trace(self) -> Recorder:
+        """Notes from now on when operations begin and end; what the caller does is noted by what this returns. Not
+        between the halves of an operation. See `commlib.trace`.
+        """
+        from commlib.trace import TracedExecutor
+
+        self._check_open()
+        if self.trace is not None:
+            raise ConfigError("a trace is being taken: take_trace() first")
+        traced = TracedExecutor(self._executor)
+        self._executor = cast(Executor, traced)
+        self.trace = traced.recorder
+        return self.trace
+
+    def take_trace(self) -> list[Span]:
+        """Ends the trace: all spans of this rank, in seconds of its own clock (on CPUs `time.monotonic`, which GPUs'
+        follows). Operations that were not waited for are left out. On a GPU it waits for the device.
+        """
+        traced, recorder = cast(Any, self._executor), self.trace
+        if recorder is None:
+            raise ConfigError("no trace is being taken: start_trace() first")
+        self._executor, self.trace = traced.inner, None
+        return [*self._executor.take_trace(), *recorder.spans()]
 
     def describe(self) -> str:
         """Several lines for logs: who we are, how ranks met, what carries the bytes."""

@@ -21,7 +21,7 @@ L0 = {"errors", "env", "config"}
 L1 = {"topology", "routing", "layout", "quant", "payload", "traffic", "launch_plan"}
 L2 = {"bootstrap", "memory", "transport"}
 NATIVE_MODULE = {"_native"}
-L5 = {"handle", "executor", "cpu_executor", "runtime", "pending", "faults"}
+L5 = {"handle", "executor", "cpu_executor", "runtime", "pending", "faults", "trace"}
 L6 = {"ops", "graph_breaks", "overlap"}
 
 # Module of commlib -> modules of commlib that it may import. Modules of one layer may import one another.
@@ -40,7 +40,7 @@ PYTHON_TABLE: dict[str, set[str]] = {
         for name in ("cli", "compat")
     },
     # The GPU executor: the same level as the native CPU executor.
-    "cuda": L0 | L1 | L2 | {"handle", "executor", "cuda"},
+    "cuda": L0 | L1 | L2 | {"handle", "executor", "trace", "cuda"},
     "reference": L0,
     "testing": L0 | L1 | {"testing"},
     # The front door: public names, resolved lazily where they are heavy.

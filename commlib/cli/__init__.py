@@ -1,4 +1,4 @@
-"""The command `commlib`: info, bench and plan."""
+"""The command `commlib`: info, bench, plan and trace."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ __all__ = ["main"]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand; returns the exit status."""
-    from commlib.cli import bench, info, plan
+    from commlib.cli import bench, info, plan, trace
 
     parser = argparse.ArgumentParser(prog="commlib", description="Distributed MoE dispatch and combine.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for module in (info, bench, plan):
+    for module in (info, bench, plan, trace):
         module.add_parser(commands)
     arguments = parser.parse_args(argv)
     try:

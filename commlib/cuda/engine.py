@@ -18,9 +18,11 @@ from commlib.cuda.dispatching import DispatchOps
 from commlib.cuda.latency import LatencyHandle, LatencyOps, PendingLatency
 from commlib.cuda.operations import PendingOp
 from commlib.cuda.queue import OpQueue
+from commlib.cuda.stream_clock import StreamClock, spans_of_marks
 from commlib.errors import ConfigError
 from commlib.executor import CombineCall, DispatchCall
 from commlib.handle import Combined, Dispatched, Handle
+from commlib.trace import Span
 
 __all__ = ["CudaEngine", "check_device"]
 
@@ -120,6 +122,16 @@ class CudaEngine(OpQueue):
         name = torch.cuda.get_device_name(self.device)
         local = f", {self.num_local_sms} for local work" if self.num_local_sms != self.num_sms else ""
         return f"CUDA kernels on {self.device} ({name}), {self.num_sms} SMs{local}; peers by CUDA IPC"
+
+    def start_trace(self) -> StreamClock:
+        self._clock = StreamClock(self.device)
+        self.marks = []
+        return self._clock
+
+    def take_trace(self) -> list[Span]:
+        marks, self.marks = self.marks or [], None
+        torch.cuda.synchronize(self.device)
+        return spans_of_marks(marks, self._clock)
 
     def overflowed(self) -> Any:
         """int32 [1] on the device, not 0 once a dispatch has overflowed its capacity."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,8 +101,13 @@ class Flow:
 
     def take(self, step: Step) -> None:
         """Makes one step."""
+        passage = self._passages[step.task.layer]
+        trace = passage.layer.exchange.runtime.trace
+        with nullcontext() if trace is None else trace.labelled(" ".join(str(step).split())):
+            self._take(step, passage)
+
+    def _take(self, step: Step, passage: _Passage) -> None:
         task = step.task
-        passage = self._passages[task.layer]
         if task.direction is Direction.W:
             for work in passage.weight_work.pop(task.phase):
                 work()

@@ -26,6 +26,7 @@ from examples.train_moe.history import History
 from examples.train_moe.parallel import connect
 from examples.train_moe.plots import plot_load, plot_loss
 from examples.train_moe.progress import Progress
+from examples.train_moe.tracing import StepTrace
 from examples.train_moe.train import Trainer
 
 Config = TypeVar("Config", ModelConfig, TrainConfig, ParallelConfig)
@@ -67,6 +68,7 @@ def parse_arguments() -> argparse.Namespace:
     run.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="of matmuls and of the wire")
     run.add_argument("--threads", type=int, default=1, help="torch threads per rank")
     run.add_argument("--log-every", type=int, default=10, metavar="STEPS")
+    run.add_argument("--trace", type=int, default=0, metavar="STEPS", help="trace so many steps from the second on")
     run.add_argument("--require-beat-bigram", action="store_true", help="exit with 1 unless the model wins")
     run.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     for title, config in (("model", ModelConfig), ("training", TrainConfig), ("parallel", ParallelConfig)):
@@ -130,14 +132,17 @@ def train(trainer: Trainer, arguments: argparse.Namespace) -> None:
     history = History(arguments.out / "metrics.jsonl", first) if is_main else None
     saver = checkpoint.BackgroundSaver()
     progress = Progress(trainer.config, first, until, is_shown=is_main, every=arguments.log_every)
+    tracing = StepTrace(trainer, arguments.trace, arguments.out)
     started = time.perf_counter()
     for step in trainer.train(until):
         progress.show(step)
         if history:
             history.add(step)
+        tracing.after_step()
         if arguments.checkpoint_every and (step.step + 1) % arguments.checkpoint_every == 0 and step.step + 1 < until:
             saver.start(trainer, arguments.out / "checkpoints")
     progress.close()
+    tracing.finish()
     saver.wait()
     seconds = time.perf_counter() - started
     tokens = (until - first) * trainer.config.global_batch * trainer.config.seq_len

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import NamedTuple
 
@@ -107,7 +108,16 @@ class Trainer:
     def train(self, until_step: int) -> Iterator[StepReport]:
         """Steps until `until_step` steps have been made."""
         while self.optimizer.num_steps < until_step:
-            yield self._step()
+            with self._traced("step", f"step {self.optimizer.num_steps}"):
+                report = self._step()
+            yield report
+
+    def _traced(self, kind: str, name: str) -> AbstractContextManager[None]:
+        """A step or a piece of computation, if a trace is being taken."""
+        trace = self.runtime.trace
+        if trace is None:
+            return nullcontext()
+        return trace.step(name) if kind == "step" else trace.compute(name)
 
     def _step(self) -> StepReport:
         started = time.perf_counter()
@@ -116,8 +126,9 @@ class Trainer:
         norm = self._reduce_and_clip()
 
         step = self.optimizer.num_steps
-        self.ema.wait()
-        self.optimizer.step(learning_rate(step, self.config))
+        with self._traced("compute", "optimizer"):
+            self.ema.wait()
+            self.optimizer.step(learning_rate(step, self.config))
         self.ema.update()
 
         load = self._take_load()
@@ -136,7 +147,8 @@ class Trainer:
             parameter.grad = None
         hold_gradients(self._sharded_units)
         scale = 1 / (count * self.num_ranks)
-        losses = add_gradients(self.model, batches, self.config, scale=scale, way=self.parallel.overlap)
+        with self._traced("compute", "forward, backward"):
+            losses = add_gradients(self.model, batches, self.config, scale=scale, way=self.parallel.overlap)
         reduce_gradients(self._sharded_units)
         return losses
 

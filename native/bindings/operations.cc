@@ -109,6 +109,15 @@ void register_operations(nb::module_& module) {
       .def("wait", &wait, "Blocks until the operation is over.")
       .def("is_finished", &Op::is_finished)
       .def_ro("handle", &Op::handle)
+      .def_prop_ro(
+          "spans",
+          [](const Op& op) {  // (name, begin, end) in seconds of CLOCK_MONOTONIC
+            nb::list spans;
+            for (const OpSpan& span : op.spans)
+              spans.append(nb::make_tuple(span.name, span.begin_s, span.end_s));
+            return spans;
+          },
+          "Of a finished operation.")
       .def_prop_ro("num_rows", [](const Op& op) { return op.landing.num_rows; })
       .def("rows",
            [](const Op& op, size_t row_bytes) {

@@ -84,6 +84,7 @@ void Executor::coordinate() {
     }
     proxy_.set_busy(true);
     Outcome outcome;
+    const double begin = now_s();
     try {
       outcome = run(*op);
     } catch (const std::exception& error) {  // out of memory: nothing else throws here
@@ -96,6 +97,7 @@ void Executor::coordinate() {
       wake_.notify_all();  // helpers that stop() has told to end wait for this
       room_.notify_all();
     }
+    op->spans.push_back({op_name(op->kind), begin, now_s()});
     op->finish(std::move(outcome));
   }
 }
@@ -166,7 +168,8 @@ Outcome Executor::run_exchange(Op& op, ExchangeHeader header, const OwnCounts* c
                                ExchangeTable* table) {
   Exchange exchange(mesh_, proxy_, fifos_[0], ++epoch_, header, counts);
   Backoff backoff(kMaxWaitSleepUs);
-  double last_progress = now_s();
+  const double begin = now_s();
+  double last_progress = begin;
   while (!exchange.is_done()) {
     if (may_step("exchange") && exchange.step()) {
       backoff.reset();
@@ -179,6 +182,7 @@ Outcome Executor::run_exchange(Op& op, ExchangeHeader header, const OwnCounts* c
     if (board_.raised()) return fault_outcome(op_name(op.kind), "exchange", exchange.waits_for());
     backoff.wait();
   }
+  op.spans.push_back({"exchange", begin, now_s()});
   *table = exchange.table();
   return outcome_of(OutcomeKind::kDone);
 }
@@ -219,7 +223,7 @@ Outcome Executor::run_dispatch(Op& op, OwnCounts own, const ExchangeTable& table
     context.landing[size_t(rank)] = dispatch_landing(group, op.handle->counts, context.shape, rank);
   op.landing = context.landing[size_t(group.rank())];
 
-  Outcome outcome = run_roles(op_name(op.kind), make_dispatch_roles(context, fifos_), epoch);
+  Outcome outcome = run_roles(op, make_dispatch_roles(context, fifos_), epoch);
   if (outcome.kind != OutcomeKind::kDone) return outcome;
   op.output = grant_->split_front(op.landing.output_bytes);
   if (is_fresh)
@@ -247,11 +251,11 @@ Outcome Executor::run_combine(Op& op, const ExchangeTable& table, uint64_t epoch
   for (int rank : group.peers())
     context.landing[size_t(rank)] =
         std::make_unique<CombineLanding>(group, op.handle->counts, context.slot.slot_bytes, rank);
-  return run_roles(op_name(op.kind), make_combine_roles(context, fifos_), epoch);
+  return run_roles(op, make_combine_roles(context, fifos_), epoch);
 }
 
-Outcome Executor::run_roles(const char* name, std::vector<std::unique_ptr<Role>> roles,
-                            uint64_t epoch) {
+Outcome Executor::run_roles(Op& op, std::vector<std::unique_ptr<Role>> roles, uint64_t epoch) {
+  const char* name = op_name(op.kind);
   Phase phase;
   phase.roles = std::move(roles);
   phase.op_name = name;
@@ -267,7 +271,7 @@ Outcome Executor::run_roles(const char* name, std::vector<std::unique_ptr<Role>>
   Backoff backoff(kMaxWaitSleepUs);
   // Partner: the release in help(). The helpers' deadlines end this wait.
   while (phase.num_running.load(std::memory_order_acquire) > 0) backoff.wait();
-  count(phase);
+  count(phase, op);
   if (!phase.is_aborted.load(std::memory_order_acquire)) return outcome_of(OutcomeKind::kDone);
   for (const auto& role : phase.roles)
     if (!role->is_done() && role->waits_for().peer >= 0)
@@ -317,7 +321,8 @@ void Executor::raise_failure(const char* name, const char* what) {
 bool Executor::step_urgent(const std::vector<Role*>& mine) {
   bool has_moved = false;
   for (Role* role : mine)
-    if (role->is_urgent() && !role->is_done() && may_step(role->name())) has_moved |= role->step();
+    if (role->is_urgent() && !role->is_done() && may_step(role->name()))
+      has_moved |= role->timed_step();
   return has_moved;
 }
 
@@ -335,7 +340,7 @@ bool Executor::step_roles(Phase& phase, int thread, uint64_t epoch) {
     bool is_done = true;
     const Role* blocked = nullptr;
     for (Role* role : mine) {
-      if (!role->is_urgent() && !role->is_done() && may_step(role->name()) && role->step()) {
+      if (!role->is_urgent() && !role->is_done() && may_step(role->name()) && role->timed_step()) {
         has_moved = true;
         step_urgent(mine);
       }
@@ -385,7 +390,9 @@ Outcome Executor::fault_outcome(const char* name, const char* role, const Wait& 
   return outcome;
 }
 
-void Executor::count(const Phase& phase) {
+void Executor::count(const Phase& phase, Op& op) {
+  for (const auto& role : phase.roles)
+    if (role->begin_s() > 0) op.spans.push_back({role->name(), role->begin_s(), role->end_s()});
   std::lock_guard<std::mutex> lock(counters_mutex_);
   for (const auto& role : phase.roles) {
     RoleCounters& sum = counters_[role->name()];

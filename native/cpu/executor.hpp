@@ -66,11 +66,11 @@ class Executor {
                        ExchangeTable* table);
   Outcome run_dispatch(Op& op, OwnCounts own, const ExchangeTable& table, uint64_t epoch);
   Outcome run_combine(Op& op, const ExchangeTable& table, uint64_t epoch);
-  Outcome run_roles(const char* op_name, std::vector<std::unique_ptr<Role>> roles, uint64_t epoch);
+  Outcome run_roles(Op& op, std::vector<std::unique_ptr<Role>> roles, uint64_t epoch);
   void run_share(Phase& phase, int thread, uint64_t epoch);
   bool step_urgent(const std::vector<Role*>& mine);
   bool step_roles(Phase& phase, int thread, uint64_t epoch);
-  void count(const Phase& phase);
+  void count(const Phase& phase, Op& op);
 
   Outcome negotiate(Op& op, OwnCounts* own, ExchangeTable* table, uint64_t* epoch);
   Outcome fault_outcome(const char* op_name, const char* role, const Wait& wait) const;

@@ -67,6 +67,13 @@ struct DispatchLanding {
   size_t total_bytes = 0;
 };
 
+// When a part of an operation began and ended, on the clock of now_s().
+struct OpSpan {
+  const char* name = "";
+  double begin_s = 0;
+  double end_s = 0;
+};
+
 struct Op {
   OpKind kind = OpKind::kBarrier;
   DispatchCall dispatch;
@@ -77,6 +84,10 @@ struct Op {
   // Results of a dispatch.
   DispatchLanding landing;
   std::shared_ptr<Slab> output;
+
+  // The whole last; before it each exchange and each role, from its first to its last movement.
+  // For whoever has waited.
+  std::vector<OpSpan> spans;
 
   void finish(Outcome result) {
     std::lock_guard<std::mutex> lock(mutex_);

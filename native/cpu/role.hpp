@@ -1,6 +1,7 @@
 // A role of P2-P4 as a resumable state machine. step() never blocks.
 #pragma once
 
+#include "common/backoff.hpp"
 #include "common/types.hpp"
 
 namespace commlib {
@@ -36,6 +37,17 @@ class Role {
   const char* name() const { return name_; }
   bool is_urgent() const { return urgency_ == Urgency::kUrgent; }
   const RoleCounters& counters() const { return counters_; }
+  // step(), and notes the time if anything moved.
+  bool timed_step() {
+    const double before = begin_s_ > 0 ? 0 : now_s();
+    if (!step()) return false;
+    if (begin_s_ == 0) begin_s_ = before;
+    end_s_ = now_s();
+    return true;
+  }
+  // Of its first and last movement; 0 if nothing has moved.
+  double begin_s() const { return begin_s_; }
+  double end_s() const { return end_s_; }
 
  protected:
   RoleCounters counters_;
@@ -43,6 +55,8 @@ class Role {
  private:
   const char* name_;
   Urgency urgency_;
+  double begin_s_ = 0;
+  double end_s_ = 0;
 };
 
 }  // namespace commlib

@@ -18,6 +18,7 @@ from test_train_moe_ranks import assert_same_to_rounding, read
 from train_moe_fault_job import LOST
 
 from commlib.testing.spawn import check_ranks, run_ranks
+from commlib.trace import read_trace
 from examples.train_moe.faults import EXIT_STATUS
 from examples.train_moe.history import History
 
@@ -76,7 +77,7 @@ def test_launcher_runs_the_job_again_with_fewer_ranks(tmp_path: Path) -> None:
     sizes = "--hidden 32 --dense-width 48 --num-layers 2 --num-experts 8 --num-topk 2 --expert-width 16 --seq-len 16"
     command = [ROOT / "launch" / "restart", "-n 4", "-n 2", "--", ROOT / "launch" / "mpirun", "{}", sys.executable]
     command += ["-m", "examples.train_moe", "--resume", "--checkpoint-every", "5", "--out", tmp_path, *sizes.split()]
-    command += ["--steps", "60", "--global-batch", "8", "--dtype", "fp32"]
+    command += ["--trace", "2", "--steps", "60", "--global-batch", "8", "--dtype", "fp32"]
     environment = {**os.environ, "TEST_RESTART_MARK": mark, "COMMLIB_RANKS_PER_NODE": "2", "UCX_TLS": "tcp,self"}
     with subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -92,6 +93,7 @@ def test_launcher_runs_the_job_again_with_fewer_ranks(tmp_path: Path) -> None:
     assert "-n 4" in first and "-n 2" in second, output
     assert "commlib rank 0 of 2 on 1 nodes" in second and "resumed from" in second, output
     assert "/60" in second and "held out" in second, output
+    assert "overlap: " in second and read_trace(tmp_path / "trace.json").keys() == {0, 1}, output
     assert [step["step"] for step in History.read(tmp_path / "metrics.jsonl")] == list(range(60))
 
 

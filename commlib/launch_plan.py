@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from commlib.config import RuntimeConfig
 from commlib.errors import ConfigError
@@ -11,11 +12,12 @@ from commlib.topology import Topology
 from commlib.traffic import Traffic, expected_traffic
 
 __all__ = [
+    "DispatchSlot",
     "LaunchPlan",
     "LinkRates",
     "RingPlan",
     "combine_slot_bytes",
-    "dispatch_slot_bytes",
+    "dispatch_slot",
     "plan_launch",
     "plan_ring",
 ]
@@ -54,15 +56,25 @@ class RingPlan:
     num_chunks: int
 
 
-def dispatch_slot_bytes(hidden: int, num_topk: int, element_bytes: int) -> int:
-    """Bytes of a token on its way between nodes: row, scales of an FP8 row, record, record numbers."""
-    scales = 4 * (hidden // SCALE_BLOCK) if element_bytes == 1 else 0
-    tail = record_bytes(num_topk) + _INDEX_BYTES * num_topk
-    return align_up(align_up(hidden * element_bytes, _UNIT) + align_up(scales, _UNIT) + tail, _UNIT)
+class DispatchSlot(NamedTuple):
+    """A token on its way between nodes: row, scales of an FP8 row, record, record numbers. Offsets in bytes."""
+
+    scales_offset: int
+    record_offset: int
+    slot_bytes: int
+
+
+def dispatch_slot(hidden: int, num_topk: int, element_bytes: int, *, is_fresh: bool = True) -> DispatchSlot:
+    """What a slot holds; by handle (not `is_fresh`) no record."""
+    scales_offset = hidden * element_bytes
+    scales_bytes = 4 * (hidden // SCALE_BLOCK) if element_bytes == 1 else 0
+    record_offset = align_up(scales_offset, _UNIT) + align_up(scales_bytes, _UNIT)
+    tail_bytes = record_bytes(num_topk) + _INDEX_BYTES * num_topk if is_fresh else 0
+    return DispatchSlot(scales_offset, record_offset, align_up(record_offset + tail_bytes, _UNIT))
 
 
 def combine_slot_bytes(hidden: int, num_topk: int, element_bytes: int, *, has_grads: bool) -> int:
-    """Likewise on the way back: row, gradients of the routing weights."""
+    """Bytes of a token on its way back: row, gradients of the routing weights."""
     return align_up(hidden * element_bytes + (4 * num_topk if has_grads else 0), _UNIT)
 
 

@@ -233,7 +233,7 @@ class Runtime:
 
         Keys: ``payload_bytes`` (row and scale bytes posted to the transport), ``data_bytes`` (with records and
         gradients), ``exchange_bytes``, ``commands``, ``signals``, and ``roles``: per role ``rows``, ``bytes_read`` and
-        ``bytes_written``.
+        ``bytes_written``. On GPUs nothing on one node, between nodes the four that are not of rows and roles.
         """
         return self._executor.counters()
 

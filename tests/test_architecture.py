@@ -19,7 +19,7 @@ MAX_LINES = 450
 
 L0 = {"errors", "env", "config"}
 L1 = {"topology", "routing", "layout", "quant", "payload", "traffic", "launch_plan"}
-L2 = {"bootstrap", "memory", "transport"}
+L2 = {"bootstrap", "memory", "transport", "fabric"}
 NATIVE_MODULE = {"_native"}
 L5 = {"handle", "executor", "cpu_executor", "runtime", "pending", "faults", "trace"}
 L6 = {"ops", "graph_breaks", "overlap"}

@@ -13,7 +13,7 @@ from commlib.launch_plan import (
     LinkRates,
     RingPlan,
     combine_slot_bytes,
-    dispatch_slot_bytes,
+    dispatch_slot,
     plan_launch,
     plan_ring,
 )
@@ -87,7 +87,6 @@ def forecast(
     launch = plan_launch(config, topology, rates)
     element = 1 if fp8 else 2
     scales = 4 * (config.hidden // 128) if fp8 else 0
-    dispatch_slot = dispatch_slot_bytes(config.hidden, config.num_topk, element)
     combine_slot = combine_slot_bytes(config.hidden, config.num_topk, 2, has_grads=False)
     exchange_bytes = _native.exchange_row_bytes(topology.num_ranks, topology.num_nodes, config.num_experts)
 
@@ -115,7 +114,9 @@ def forecast(
         topology=topology,
         traffic=traffic,
         launch=launch,
-        dispatch=step(config.hidden * element + scales, dispatch_slot),
+        dispatch=step(
+            config.hidden * element + scales, dispatch_slot(config.hidden, config.num_topk, element).slot_bytes
+        ),
         combine=step(config.hidden * 2, combine_slot),
         registered_bytes=_native.registered_bytes(
             0, list(topology.node_of_rank), config.num_experts, config.ring_bytes

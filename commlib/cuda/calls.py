@@ -26,6 +26,7 @@ __all__ = [
     "check_tensor",
     "fault_error",
     "peer_lost_error",
+    "phase_of",
     "refusal",
 ]
 
@@ -46,6 +47,10 @@ _PHASES = {
     4: "latency/room",
     5: "latency/take_in",
     6: "latency/add_up",
+    7: "scale_out",
+    8: "dispatch/forward",
+    9: "combine/receive",
+    10: "combine/forward_reduce",
 }
 
 
@@ -226,11 +231,16 @@ def peer_lost_error(rank: int, peer: int) -> PeerLostError:
     )
 
 
+def phase_of(note: Any) -> str:
+    """Where a kernel waited."""
+    return _PHASES.get(note.phase, f"phase {note.phase}")
+
+
 def fault_error(note: Any, rank: int, timeout_s: float) -> CommError:
     """The error for a fault that this rank or a peer's kernel noted."""
     if note.kind == _PEER_LOST:
         return peer_lost_error(note.rank, note.peer)
-    phase = _PHASES.get(note.phase, f"phase {note.phase}")
+    phase = phase_of(note)
     return CommTimeout(
         f"rank {note.rank} waited for rank {note.peer} in {phase} on channel {note.peer} -> {note.rank}, epoch "
         f"{note.epoch}: expected {note.expected}, seen {note.seen}; no progress for {timeout_s:g} s; noticed by rank "

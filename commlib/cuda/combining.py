@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 import torch
 
 from commlib.cuda.calls import ELEMENT_BYTES, KINDS, LAYOUTS, check_handle, check_tensor
-from commlib.cuda.launch import plan_combine, settle_bytes
+from commlib.cuda.launch import plan_combine, plan_tier_combine, settle_bytes
 from commlib.cuda.memory import ALIGNMENT
 from commlib.cuda.operations import CudaHandle, KernelCall, PendingOp
-from commlib.cuda.params import CallWords, ExchangeCall
+from commlib.cuda.params import CallWords, ExchangeCall, TierCall
 from commlib.cuda.params import CombineCall as CombineParams
 from commlib.executor import CombineCall
+from commlib.launch_plan import combine_slot_bytes
 from commlib.layout import align_up
 
 __all__ = ["CombineOps"]
@@ -35,8 +36,13 @@ class _Template:
     def __init__(self, queue: Any, shape: _Shape) -> None:
         config = queue.config
         row_bytes = config.hidden * ELEMENT_BYTES[shape.code]
-        self.slot_bytes = align_up(row_bytes + (4 * config.num_topk if shape.has_grads else 0), 16)
-        launch = plan_combine(row_bytes, queue.tuning)
+        self.slot_bytes = combine_slot_bytes(
+            config.hidden, config.num_topk, ELEMENT_BYTES[shape.code], has_grads=shape.has_grads
+        )
+        if queue.tiers is None:
+            launch = plan_combine(row_bytes, queue.tuning)
+        else:
+            launch = plan_tier_combine(row_bytes, ELEMENT_BYTES[shape.code], queue.tuning)
         self.params = CombineParams(
             piece_bytes=launch.piece_bytes,
             slot_bytes=self.slot_bytes,
@@ -49,14 +55,19 @@ class _Template:
             call=CallWords(kind=KINDS["combine"], dtype=shape.code, has_grads=shape.has_grads, capacity=shape.capacity),
         )
         head = settle_bytes(config.num_experts, queue.num_ranks)
+        self.tier: TierCall | None = None
+        structs = [queue.mesh, self.exchange, self.params]
+        if queue.tiers is not None:
+            plan = queue.tiers.plan
+            self.tier = TierCall(out_blocks=plan.out_blocks, in_blocks=plan.in_blocks, slot_bytes=self.slot_bytes)
+            structs.append(self.tier)
+        name = "combine_bf16" if shape.code == 1 else "combine_f32"
         self.kernel = KernelCall(
-            "combine_bf16" if shape.code == 1 else "combine_f32",
+            name if self.tier is None else f"tier_{name}",
             queue.num_local_sms,
             32 * launch.warps,
             max(launch.shared_bytes, head),
-            queue.mesh,
-            self.exchange,
-            self.params,
+            *structs,
         )
 
 
@@ -109,6 +120,9 @@ class CombineOps:
         params.records, params.routes = native.records_address, native.routes_address
         params.num_tokens = native.num_tokens
         exchange.tables = native.tables
+        if (tier := template.tier) is not None:
+            tier.num_tokens, tier.node_counts = native.num_tokens, native.tables.node_counts
+            tier.slot_tokens, tier.token_slots, tier.forward_records = native.tier_addresses
         exchange.call.handle_epoch = native.epoch
         pending = PendingOp("combine", queue.runtime_id, exchange)
         pending.is_lazy, pending.data = native.capacity != 0, template.kernel
@@ -119,7 +133,26 @@ class CombineOps:
     def _landing_bytes(self, native: CudaHandle, slot_bytes: int) -> int:
         """Room for the partial rows of the own tokens: one per rank that holds experts of a token."""
         queue = self._queue
+        if queue.tiers is not None:
+            return _tier_landing_bytes(queue, native, slot_bytes)
         if not native.capacity:
             return sum(align_up(count * slot_bytes, ALIGNMENT) for count in native.rank_counts[queue.rank])
         most = min(queue.num_ranks, queue.config.num_topk) * native.num_tokens
         return align_up(most * slot_bytes, ALIGNMENT) + int(queue.num_ranks) * ALIGNMENT
+
+
+def _tier_landing_bytes(queue: Any, native: CudaHandle, slot_bytes: int) -> int:
+    """What `place_partials` in native/cuda/tier_plan.cuh needs: own partial rows, rows from other nodes, and partial
+    rows of the tokens for which this rank is the rail."""
+    topology, rank = queue.topology, queue.rank
+    max_tokens = int(queue.config.max_tokens)
+    here, sources = topology.ranks_of_node(topology.node(rank)), topology.in_sources(rank)
+    if not native.capacity:
+        counts = [native.rank_counts[source][r] for source in (rank, *sources) for r in here]
+        counts += [count for node, count in enumerate(native.node_counts[rank]) if node != topology.node(rank)]
+        return sum(align_up(count * slot_bytes, ALIGNMENT) for count in counts)
+    topk = int(queue.config.num_topk)
+    here_most, away_most = min(len(here), topk), min(topology.num_nodes - 1, topk)
+    most = native.num_tokens * (here_most + away_most) + len(sources) * max_tokens * here_most
+    pieces: int = len(here) * (1 + len(sources)) + topology.num_nodes
+    return align_up(most * slot_bytes, ALIGNMENT) + pieces * ALIGNMENT

@@ -23,7 +23,17 @@ __all__ = ["ARCHITECTURE", "UNITS", "Resources", "compile_unit", "default_cache"
 ARCHITECTURE = "sm_90a"
 
 # Files of native/cuda that hold kernels; each becomes one module.
-UNITS = ("exchange", "dispatch", "combine", "latency_dispatch", "latency_combine", "gate", "push_limit")
+UNITS = (
+    "exchange",
+    "dispatch",
+    "combine",
+    "tier_dispatch",
+    "tier_combine",
+    "latency_dispatch",
+    "latency_combine",
+    "gate",
+    "push_limit",
+)
 
 _INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*"([^"]+)"', re.MULTILINE)
 _KERNEL = re.compile(r"Compiling entry function '(\w+)'")

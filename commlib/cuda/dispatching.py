@@ -19,11 +19,12 @@ from commlib.cuda.calls import (
 from commlib.cuda.landing import dispatch_landing
 from commlib.cuda.launch import plan_dispatch, settle_bytes
 from commlib.cuda.operations import ArenaBytes, CudaHandle, KernelCall, PendingOp
-from commlib.cuda.params import CallWords, ExchangeCall, Landing, Tables
+from commlib.cuda.params import CallWords, ExchangeCall, Landing, Tables, TierCall
 from commlib.cuda.params import DispatchCall as DispatchParams
 from commlib.errors import CapacityError, ConfigError
 from commlib.executor import DispatchCall
 from commlib.handle import Dispatched, Handle
+from commlib.launch_plan import dispatch_slot
 from commlib.layout import Layout, format_bytes, num_scales
 
 __all__ = ["DispatchOps"]
@@ -97,18 +98,24 @@ class _Template:
         )
         head = settle_bytes(config.num_experts, queue.num_ranks, self.exchange.count_blocks, tokens_per_block)
         shared_bytes = max(launch.shared_bytes, head)
-        self.kernel = KernelCall(
-            "dispatch", queue.num_local_sms, 32 * launch.warps, shared_bytes, queue.mesh, self.exchange, self.params
-        )
+        self.tier: TierCall | None = None
+        structs = [queue.mesh, self.exchange, self.params]
+        if queue.tiers is not None:
+            self.tier = _tier_call(queue, shape, self.params)
+            structs.append(self.tier)
+        name = "dispatch" if self.tier is None else "tier_dispatch"
+        self.kernel = KernelCall(name, queue.num_local_sms, 32 * launch.warps, shared_bytes, *structs)
         # Of a handle: tables, then routes.
         ranks, experts = queue.num_ranks, config.num_experts // queue.num_ranks
         self.table_places: list[tuple[str, int]] = []
+        nodes = 0 if queue.tiers is None else queue.tiers.num_nodes
         place = 0
         for name, size in (
             ("rank_counts", ranks * ranks),
             ("num_rows", ranks),
             ("rows_per_expert", experts),
             ("expert_offset", experts + 1),
+            ("node_counts", ranks * nodes),
             ("state", 1),
         ):
             self.table_places.append((name, place))
@@ -117,6 +124,13 @@ class _Template:
         self.num_experts = experts
         self.routes_place = -(-place // 4) * 4
         self.num_words = self.routes_place + max(1, shape.num_tokens * topk) * 4
+        self.tier_places: list[int] = []
+        if queue.tiers is not None:
+            # The host does not know how many tokens it will forward: room for as many as there can be.
+            forwarded = queue.tiers.num_in_sources * config.max_tokens * (4 + 4 * topk)
+            for size in (nodes * shape.num_tokens, nodes * shape.num_tokens, forwarded):
+                self.tier_places.append(self.num_words)
+                self.num_words += -(-size // 4) * 4
         self.landing: Landing | None = None
         if shape.capacity:
             self.landing = self.landing_of(queue, shape, shape.capacity, queue.num_ranks * config.max_tokens)
@@ -131,6 +145,19 @@ class _Template:
             is_rows=shape.layout == "rows",
             is_fresh=shape.is_fresh,
         )
+
+
+def _tier_call(queue: Any, shape: _Shape, params: DispatchParams) -> TierCall:
+    """All but addresses. A slot: row, scales, then, in a fresh dispatch, the record and its numbers."""
+    hidden, plan = queue.config.hidden, queue.tiers.plan
+    slot = dispatch_slot(hidden, queue.config.num_topk, params.row_bytes // hidden, is_fresh=shape.is_fresh)
+    return TierCall(
+        num_tokens=shape.num_tokens,
+        out_blocks=plan.out_blocks,
+        in_blocks=plan.in_blocks,
+        is_fresh=shape.is_fresh,
+        **slot._asdict(),
+    )
 
 
 class DispatchOps:
@@ -215,6 +242,10 @@ class DispatchOps:
         else:
             params.records = native.records_address
             exchange.call.handle_epoch = native.epoch
+        if template.tier is not None:
+            tier, exchange.node_masks = template.tier, queue.buffers.node_masks.data_ptr()
+            tier.node_masks, tier.node_counts = exchange.node_masks, native.tables.node_counts
+            tier.slot_tokens, tier.token_slots, tier.forward_records = native.tier_addresses
         params.x, params.scales = x.data_ptr(), 0 if scales is None else scales.data_ptr()
         params.routes = native.routes_address
         params.tables = exchange.tables = native.tables
@@ -277,6 +308,7 @@ class DispatchOps:
             shape.layout, shape.alignment, shape.num_tokens, shape.capacity, tables, words,
             first + 4 * template.routes_place, self._queue.current_stream(),
         )  # fmt: skip
+        handle.tier_addresses = tuple(first + 4 * place for place in template.tier_places)
         if shape.capacity:
             handle.num_rows = shape.capacity
             handle.rows_per_expert = words[template.first_count : template.first_count + template.num_experts]

@@ -7,10 +7,12 @@ from functools import cache
 
 from commlib.errors import TransportError
 
-__all__ = ["Event", "Kernel", "KernelArguments", "load_kernels"]
+__all__ = ["Event", "Kernel", "KernelArguments", "load_kernels", "map_host_memory", "unmap_host_memory"]
 
 _DISABLE_TIMING = 2  # CU_EVENT_DISABLE_TIMING
 _MAX_DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+
+_HOST_PORTABLE, _HOST_DEVICEMAP = 1, 2  # CU_MEMHOSTREGISTER_*
 
 _Pointer = ctypes.c_void_p
 
@@ -84,6 +86,22 @@ class Event:
     def __del__(self) -> None:
         if self._event:
             self._destroy(self._event)
+
+
+def map_host_memory(address: int, num_bytes: int) -> int:
+    """Pins host memory for kernels of the current context; returns the address they use."""
+    library, device = _library(), ctypes.c_uint64()
+    flags = _HOST_PORTABLE | _HOST_DEVICEMAP
+    _check("cuMemHostRegister", library.cuMemHostRegister_v2(_Pointer(address), ctypes.c_size_t(num_bytes), flags))
+    _check(
+        "cuMemHostGetDevicePointer", library.cuMemHostGetDevicePointer_v2(ctypes.byref(device), _Pointer(address), 0)
+    )
+    return int(device.value)
+
+
+def unmap_host_memory(address: int) -> None:
+    """Takes back `map_host_memory`; no kernel uses it any more."""
+    _check("cuMemHostUnregister", _library().cuMemHostUnregister(_Pointer(address)))
 
 
 def load_kernels(cubin: bytes, names: dict[str, int]) -> dict[str, Kernel]:

@@ -115,13 +115,14 @@ class CudaEngine(OpQueue):
         self.finish(self.reject("barrier", ConfigError(reason), is_split=False), ("barrier",))
 
     def counters(self) -> dict[str, Any]:
-        """The kernels do not count."""
-        return {}
+        """The kernels do not count; between nodes the proxy does."""
+        return {} if self.tiers is None else self.tiers.counters()
 
     def describe(self) -> str:
         name = torch.cuda.get_device_name(self.device)
         local = f", {self.num_local_sms} for local work" if self.num_local_sms != self.num_sms else ""
-        return f"CUDA kernels on {self.device} ({name}), {self.num_sms} SMs{local}; peers by CUDA IPC"
+        between = "" if self.tiers is None else f"; {self.tiers.describe()}"
+        return f"CUDA kernels on {self.device} ({name}), {self.num_sms} SMs{local}; peers by CUDA IPC{between}"
 
     def start_trace(self) -> StreamClock:
         self._clock = StreamClock(self.device)

@@ -7,6 +7,7 @@ import mmap
 import os
 import select
 import time
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -21,18 +22,19 @@ _CHECK_S = 0.1
 
 
 class HostPage:
-    """One line per rank, written by that rank alone. Construction is collective; all ranks are on one node.
+    """One line per rank, written by that rank alone, for the ranks of a node. Construction is collective among all.
 
     Args:
         boot: the ranks.
+        node_ranks: those of this rank's node, ascending.
         timeout_s: seconds within which all ranks must come.
 
     Raises:
         TransportError: a rank's page cannot be opened: the ranks do not share a PID namespace and a user.
     """
 
-    def __init__(self, boot: Bootstrap, timeout_s: float) -> None:
-        self.rank, self.num_ranks = boot.rank, boot.size
+    def __init__(self, boot: Bootstrap, node_ranks: Sequence[int], timeout_s: float) -> None:
+        self.rank, self.num_ranks, self._node_ranks = boot.rank, boot.size, list(node_ranks)
         self._descriptor = -1
         told = [json.loads(blob) for blob in allgather_or_raise(boot, self._create, timeout_s=timeout_s)]
         self._pidfds: dict[int, int] = {}
@@ -42,20 +44,21 @@ class HostPage:
             os.close(self._descriptor)
 
     def _create(self) -> bytes:
-        if self.rank == 0:
+        if self.rank == self._node_ranks[0]:
             self._descriptor = os.memfd_create("commlib-page")
             os.ftruncate(self._descriptor, self.num_ranks * _WORDS_PER_RANK * 8)
         return json.dumps({"pid": os.getpid(), "descriptor": self._descriptor}).encode()
 
     def _open(self, told: list[dict[str, int]]) -> bytes:
-        path = f"/proc/{told[0]['pid']}/fd/{told[0]['descriptor']}"
+        first = told[self._node_ranks[0]]
+        path = f"/proc/{first['pid']}/fd/{first['descriptor']}"
         try:
             descriptor = os.open(path, os.O_RDWR)
             self._memory = mmap.mmap(descriptor, self.num_ranks * _WORDS_PER_RANK * 8)
             os.close(descriptor)
-            for rank, each in enumerate(told):
+            for rank in self._node_ranks:
                 if rank != self.rank:
-                    self._pidfds[rank] = os.pidfd_open(each["pid"])
+                    self._pidfds[rank] = os.pidfd_open(told[rank]["pid"])
         except OSError as error:
             raise TransportError(
                 f"rank {self.rank} cannot reach the other ranks' processes ({path}: {error}); ranks of a node share a "
@@ -90,7 +93,8 @@ class HostPage:
             PeerLostError: a rank that still does has ended.
         """
         limit = time.monotonic() + timeout_s
-        while (behind := np.flatnonzero(self._words[:, 0] < count)).size:
+        ranks = np.array(self._node_ranks)
+        while (behind := ranks[self._words[ranks, 0] < count]).size:
             if time.monotonic() > limit:
                 peer = int(behind[0])
                 raise CommTimeout(

@@ -22,13 +22,16 @@ _RESULTS = 2  # of operations whose sizes the host may still want
 _PEER_LOST = 2  # FaultNote::kind
 
 
-def load_executor_kernels(*, has_latency: bool) -> dict[str, Kernel]:
+def load_executor_kernels(*, has_latency: bool, has_tiers: bool) -> dict[str, Kernel]:
     """All kernels, loaded: later the driver would wait for running kernels, which may wait for this one on a peer."""
     wanted = {
         "exchange": {"exchange": MAX_SHARED_BYTES},
         "dispatch": {"dispatch": MAX_SHARED_BYTES},
         "combine": {"combine_bf16": MAX_SHARED_BYTES, "combine_f32": MAX_SHARED_BYTES},
     }
+    if has_tiers:
+        wanted["tier_dispatch"] = {"tier_dispatch": MAX_SHARED_BYTES}
+        wanted["tier_combine"] = {"tier_combine_bf16": MAX_SHARED_BYTES, "tier_combine_f32": MAX_SHARED_BYTES}
     load_gate(torch.cuda.current_device())
     if has_latency:
         wanted |= {name: {name: MAX_SHARED_BYTES} for name in ("latency_dispatch", "latency_combine")}
@@ -42,7 +45,7 @@ def load_executor_kernels(*, has_latency: bool) -> dict[str, Kernel]:
 class Buffers:
     """Memory of one Runtime that no peer sees."""
 
-    def __init__(self, config: RuntimeConfig, num_ranks: int, num_blocks: int, device: Any) -> None:
+    def __init__(self, config: RuntimeConfig, num_ranks: int, num_blocks: int, device: Any, num_nodes: int = 1) -> None:
         columns = config.num_experts + num_ranks
         self.workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         first = Workspace.input_error.offset
@@ -50,6 +53,9 @@ class Buffers:
         self.slots = torch.empty(config.max_tokens * config.num_topk * 2, dtype=torch.int32, device=device)
         self.block_base = torch.empty(num_blocks * columns, dtype=torch.int32, device=device)
         self.tail_words = num_ranks**2 + config.num_experts // num_ranks + config.num_experts
+        if num_nodes > 1:
+            self.tail_words += num_ranks * num_nodes
+            self.node_masks = torch.empty(config.max_tokens, dtype=torch.int32, device=device)
         self._result_bytes = align_up(sizeof(HostResult) + 4 * self.tail_words, 64)
         self.scratch_result = torch.zeros(self._result_bytes, dtype=torch.uint8, device=device)
         self.slots_address, self.block_base_address = self.slots.data_ptr(), self.block_base.data_ptr()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from commlib.cuda.params import ExchangeHeader, sizeof
@@ -18,12 +18,14 @@ __all__ = [
     "plan_combine",
     "plan_dispatch",
     "plan_latency",
+    "plan_tier_combine",
     "push_limit_bytes",
     "settle_bytes",
 ]
 
 MAX_SHARED_BYTES = 226 * 1024  # dynamic, of one block on compute capability 9.0; 1 KiB is left for static variables
 STAGES = 4  # kStages in native/cuda
+TIER_COMBINE_WARPS = 12  # of tier_combine.cu, which needs more registers than combine.cu
 LATENCY_WARPS = 12  # of a block in the latency regime: a part of a row each
 MAX_PARTS = 16  # of a row there, kMaxParts in native/cuda/latency.cuh
 _COUNT_WORDS = 16  # kCountWords in native/cuda/count.cuh
@@ -45,6 +47,7 @@ class Tuning:
         combine_warps: of a block.
         final_warps: of these, how many sum own tokens from the start.
         rows_final_warps: likewise in layout "rows", where an expert rank has one row per record to move.
+        out_blocks, in_blocks: between nodes, blocks that send and that take in; None: see commlib.launch_plan.
     """
 
     dispatch_warps: int = 14
@@ -54,6 +57,8 @@ class Tuning:
     combine_warps: int = 15
     final_warps: int = 2
     rows_final_warps: int = 7
+    out_blocks: int | None = None
+    in_blocks: int | None = None
 
 
 def _table_bytes(lanes: int, rows: int) -> int:
@@ -109,14 +114,27 @@ def plan_dispatch(in_row_bytes: int, tuning: Tuning, *, cast_element_bytes: int 
 
 
 @cache
-def plan_combine(row_bytes: int, tuning: Tuning) -> Launch:
-    """The largest pieces that fit; raises like `plan_dispatch`."""
+def plan_combine(row_bytes: int, tuning: Tuning, *, aside_bytes: int = 0) -> Launch:
+    """The largest pieces that fit; raises like `plan_dispatch`.
+
+    Args:
+        row_bytes: of a row.
+        tuning: warps.
+        aside_bytes: of each warp, behind the pieces of all.
+    """
     for piece in _pieces(row_bytes, min(_GOOD_UNIT, align_up(row_bytes, 16)), _MAX_COMBINE_PIECE):
         of_warp = align_up(STAGES * piece + _table_bytes(1, 16) + STAGES * 8, _WARP_ALIGNMENT)
-        shared_bytes = tuning.combine_warps * of_warp
+        shared_bytes = tuning.combine_warps * (of_warp + aside_bytes)
         if shared_bytes <= MAX_SHARED_BYTES:
             return Launch(warps=tuning.combine_warps, piece_bytes=piece, shared_bytes=shared_bytes)
     raise ConfigError(f"{tuning} leaves no shared memory for rows of {row_bytes} bytes")
+
+
+def plan_tier_combine(row_bytes: int, element_bytes: int, tuning: Tuning) -> Launch:
+    """Between nodes: fewer warps, each with room for a piece's sums in FP32 (carve_aside in tier_combine.cuh)."""
+    warps = min(tuning.combine_warps, TIER_COMBINE_WARPS)
+    aside_bytes = _MAX_COMBINE_PIECE // element_bytes * 4
+    return plan_combine(row_bytes, replace(tuning, combine_warps=warps), aside_bytes=aside_bytes)
 
 
 def plan_latency(row_bytes: int, *, cast_element_bytes: int = 0) -> tuple[Launch, Launch]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,13 +49,16 @@ class Regions:
 
     config: RuntimeConfig
     num_ranks: int
+    num_nodes: int = 1
+    max_local_ranks: int = 1
     offsets: dict[str, int] = field(init=False)
     exchange_row_bytes: int = field(init=False)
     total_bytes: int = field(init=False)
 
     def __post_init__(self) -> None:
         ranks = self.num_ranks
-        row_bytes = align_up(sizeof(ExchangeHeader) + 4 * (self.config.num_experts + ranks), _LINE)
+        columns = self.config.num_experts + ranks + (self.num_nodes if self.num_nodes > 1 else 0)
+        row_bytes = align_up(sizeof(ExchangeHeader) + 4 * columns, _LINE)
         arrival_bytes = 4 * ranks * self.config.max_tokens
         regions = {
             "fault_word": _LINE,
@@ -64,6 +67,7 @@ class Regions:
             "exchange_row": 2 * ranks * row_bytes,
             "dispatch_arrived": arrival_bytes,
             "combine_arrived": arrival_bytes,
+            **self._tier_regions(),
             **self._latency_regions(),
         }
         offsets, end = {}, 0
@@ -73,6 +77,16 @@ class Regions:
         object.__setattr__(self, "offsets", offsets)
         object.__setattr__(self, "exchange_row_bytes", row_bytes)
         object.__setattr__(self, "total_bytes", end)
+
+    def _tier_regions(self) -> dict[str, int]:
+        """Several nodes: flags of partial rows by source, and of rows that come home from other nodes."""
+        if self.num_nodes == 1:
+            return {}
+        tokens = self.config.max_tokens
+        return {
+            "partial_arrived": 4 * self.num_ranks * self.max_local_ranks * tokens,
+            "home_arrived": 4 * self.num_nodes * tokens,
+        }
 
     def _latency_regions(self) -> dict[str, int]:
         """Of the latency regime: two generations of slots for rows, counts and partial rows of BF16."""
@@ -311,7 +325,8 @@ class Arena:
     Construction is collective; the current CUDA device is the rank's.
 
     Args:
-        boot: the ranks; all of them are on this node.
+        boot: the ranks.
+        node_ranks: those of this rank's node; memory of others is not mapped, its address is 0.
         page: of the same ranks.
         regions: what lies in the control region.
         heap_bytes: room for landings.
@@ -322,13 +337,22 @@ class Arena:
         TransportError: a peer's memory cannot be mapped; on all ranks.
     """
 
-    def __init__(self, boot: Bootstrap, page: HostPage, regions: Regions, heap_bytes: int, timeout_s: float) -> None:
+    def __init__(
+        self,
+        boot: Bootstrap,
+        node_ranks: Sequence[int],
+        page: HostPage,
+        regions: Regions,
+        heap_bytes: int,
+        timeout_s: float,
+    ) -> None:
         self.rank, self.page, self._timeout_s = boot.rank, page, timeout_s
+        self._peers = [rank for rank in node_ranks if rank != boot.rank]
         self.regions = regions
         self._num_retired = 0
         self.base = [0] * boot.size  # of control regions
         self.heap_base = [0] * boot.size
-        is_shared = boot.size > 1
+        is_shared = boot.size > 1  # also where this rank is alone on its node: all tell as much
 
         def allocate() -> bytes:
             self._control, self._segment = Segment(regions.total_bytes), Segment(align_up(heap_bytes, ALIGNMENT))
@@ -339,9 +363,9 @@ class Arena:
         half = len(handles[0]) // 2
 
         def connect() -> bytes:
-            for rank, handle in enumerate(handles):
-                if rank != self.rank:
-                    self.base[rank], self.heap_base[rank] = map_peer(rank, handle[:half]), map_peer(rank, handle[half:])
+            for rank in self._peers:
+                control, heap = handles[rank][:half], handles[rank][half:]
+                self.base[rank], self.heap_base[rank] = map_peer(rank, control), map_peer(rank, heap)
             return b""
 
         allgather_or_raise(boot, connect, timeout_s=timeout_s)
@@ -357,7 +381,7 @@ class Arena:
         """
         old = list(self.heap_base)
         for rank, handle in enumerate(handles):
-            if handle and rank != self.rank:
+            if handle and rank in self._peers:
                 self.heap_base[rank] = map_peer(rank, handle)
         for before, now in zip(old, self.heap_base, strict=True):
             if before != now:
@@ -381,10 +405,9 @@ class Arena:
         if not is_quiet:  # own kernels, too, may still write to peers
             _logger.warning("rank %d keeps %s mapped: kernels may still write there", self.rank, self.num_bytes)
             return
-        for rank in range(len(self.base)):
-            if rank != self.rank:
-                unmap_peer(self.base[rank])
-                unmap_peer(self.heap_base[rank])
+        for rank in self._peers:
+            unmap_peer(self.base[rank])
+            unmap_peer(self.heap_base[rank])
         self._num_retired += 1
         self.page.retire(self._num_retired)
         self.page.wait_retired(self._num_retired, self._timeout_s)

@@ -9,6 +9,7 @@ from typing import Any
 from commlib.cuda.driver import KernelArguments
 from commlib.cuda.memory import Slab
 from commlib.cuda.params import ExchangeCall, Tables
+from commlib.errors import ConfigError
 from commlib.handle import Handle
 
 __all__ = ["ArenaBytes", "CudaHandle", "KernelCall", "PendingOp"]
@@ -35,6 +36,8 @@ class CudaHandle:
     rows_per_expert: Any = ()
     rank_counts: tuple[tuple[int, ...], ...] = ()
     load: tuple[int, ...] = ()
+    node_counts: tuple[tuple[int, ...], ...] = ()
+    tier_addresses: tuple[int, ...] = ()  # slot_tokens, token_slots, forward_records of TierCall
 
     @property
     def records_address(self) -> int:
@@ -44,6 +47,13 @@ class CudaHandle:
     def tokens_per_rank(self) -> tuple[tuple[int, ...], ...]:
         """[source][rank] distinct tokens."""
         return self.rank_counts
+
+    @property
+    def tokens_per_node(self) -> tuple[tuple[int, ...], ...]:
+        """[source][node] distinct tokens."""
+        if not self.node_counts:
+            raise ConfigError("tokens per node are counted where there are several nodes, and sizes are exact")
+        return self.node_counts
 
 
 class KernelCall:

@@ -29,6 +29,7 @@ __all__ = [
     "Mesh",
     "PushLimitCall",
     "Tables",
+    "TierCall",
     "Workspace",
     "layout_checks",
     "sizeof",
@@ -104,7 +105,10 @@ class HostResult(ctypes.Structure):
 
 
 class Tables(ctypes.Structure):
-    _fields_ = [(name, _POINTER) for name in ("rank_counts", "num_rows", "rows_per_expert", "expert_offset", "state")]
+    _fields_ = [
+        (name, _POINTER)
+        for name in ("rank_counts", "num_rows", "rows_per_expert", "expert_offset", "node_counts", "state")
+    ]
 
 
 class Workspace(ctypes.Structure):
@@ -146,8 +150,11 @@ class Mesh(ctypes.Structure):
                 "exchange_row_bytes",
                 "dispatch_arrived",
                 "combine_arrived",
+                "partial_arrived",
+                "home_arrived",
             )
         ),
+        ("fabric", _POINTER),
         ("board", _POINTER),
         ("workspace", _POINTER),
         ("base", _POINTER * MAX_RANKS),
@@ -157,7 +164,10 @@ class Mesh(ctypes.Structure):
 
 class ExchangeCall(ctypes.Structure):
     _fields_ = [
-        *((name, _POINTER) for name in ("topk_idx", "topk_weights", "slots", "block_base", "result", "refused")),
+        *(
+            (name, _POINTER)
+            for name in ("topk_idx", "topk_weights", "slots", "block_base", "node_masks", "result", "refused")
+        ),
         ("tables", Tables),
         *(
             (name, c_uint64)
@@ -206,6 +216,25 @@ class CombineCall(ctypes.Structure):
         *(
             (name, c_uint32)
             for name in ("num_tokens", "piece_bytes", "slot_bytes", "row_bytes", "layout", "final_warps")
+        ),
+    ]
+
+
+class TierCall(ctypes.Structure):
+    _fields_ = [
+        *((name, _POINTER) for name in ("node_masks", "node_counts", "slot_tokens", "token_slots", "forward_records")),
+        *(
+            (name, c_uint32)
+            for name in (
+                "num_tokens",
+                "out_blocks",
+                "in_blocks",
+                "slot_bytes",
+                "scales_offset",
+                "record_offset",
+                "is_fresh",
+                "reserved",
+            )
         ),
     ]
 
@@ -329,6 +358,7 @@ class PushLimitCall(ctypes.Structure):
 
 _MIRRORS = (
     FaultNote, CallWords, ExchangeHeader, Landing, HostResult, Tables, Mesh, ExchangeCall, DispatchCall, CombineCall,
+    TierCall,
 )  # fmt: skip
 
 

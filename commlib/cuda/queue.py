@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import time
 import weakref
 from typing import Any
@@ -17,9 +18,11 @@ from commlib.cuda.host_page import HostPage
 from commlib.cuda.kernels import EXCHANGE_THREADS, Buffers, load_executor_kernels, make_mesh
 from commlib.cuda.landing import dispatch_landing
 from commlib.cuda.launch import Tuning, settle_bytes
+from commlib.cuda.limits import check_limits, check_multiprocessors
 from commlib.cuda.memory import Arena, Regions, Segment, Slab, default_heap_bytes
 from commlib.cuda.operations import CudaHandle, KernelCall, PendingOp
-from commlib.cuda.params import MAX_RANKS, MAX_TOPK, TEXT_BYTES, CallWords, ExchangeCall, HostResult, sizeof
+from commlib.cuda.params import TEXT_BYTES, CallWords, ExchangeCall, HostResult, sizeof
+from commlib.cuda.tiers import Tiers, plan_tiers
 from commlib.cuda.watch import Watch
 from commlib.errors import CapacityError, CommError, ConfigError
 from commlib.layout import align_up
@@ -47,33 +50,42 @@ class OpQueue:
         tuning: Tuning | None = None,
     ) -> None:
         config.check_ranks(boot.size)
-        _check_limits(config, topology, boot.size)
+        check_limits(config, topology, boot.size)
         self.config, self.rank, self.num_ranks = config, boot.rank, boot.size
         self.num_sms, self.num_local_sms = config.num_sms, config.num_local_sms or config.num_sms
         with torch.cuda.device(device):
             self.device = torch.device("cuda", torch.cuda.current_device())
-        _check_multiprocessors(self.num_local_sms, self.device)
+        check_multiprocessors(self.num_local_sms, self.device)
         self._id = runtime_id
         self._ticket = 0  # of the newest operation; the same on all ranks
         self._unsettled: list[PendingOp] = []
         self._not_received: list[PendingOp] = []  # split: kernels read the inputs even if the caller drops everything
         self._captured: list[Any] = []  # slabs and handles that graphs use whenever they are replayed
         self.tuning = tuning or Tuning()
+        self.topology, num_nodes = topology, topology.num_nodes
+        node_ranks = topology.ranks_of_node(topology.node(boot.rank))
         self.marks: list[tuple[str, Any, Any]] | None = None  # of each kernel, for measurements: name, start, end
-        self._is_closed = False
+        self._is_closed, self._pid = False, os.getpid()
         self._experts_per_rank = config.num_experts // boot.size
         with torch.cuda.device(self.device):
             torch.cuda.current_stream().synchronize()  # makes the context
-            self._page = HostPage(boot, connect_timeout_s)
-            regions = Regions(config, boot.size)
+            self._page = HostPage(boot, node_ranks, connect_timeout_s)
+            regions = Regions(config, boot.size, num_nodes, max(map(topology.num_local_ranks, range(boot.size))))
             heap_bytes = config.arena_bytes or default_heap_bytes(config, boot.size)
-            self._kernels = load_executor_kernels(has_latency=config.decode_tokens is not None)
+            self._kernels = load_executor_kernels(has_latency=config.decode_tokens is not None, has_tiers=num_nodes > 1)
             self._settle_bytes = settle_bytes(config.num_experts, boot.size)
-            self.arena = Arena(boot, self._page, regions, heap_bytes, connect_timeout_s)
+            self.arena = Arena(boot, node_ranks, self._page, regions, heap_bytes, connect_timeout_s)
             self._stream: Any = torch.cuda.Stream(priority=-1)  # type: ignore[no-untyped-call]
-            self.buffers = Buffers(config, boot.size, max(self.num_sms, self.num_local_sms), self.device)
-        self._watch = Watch(boot.rank, boot.size, config, self._page, self.arena, self.buffers)
+            most_sms = max(self.num_sms, self.num_local_sms)
+            self.buffers = Buffers(config, boot.size, most_sms, self.device, num_nodes)
+            self.tiers: Tiers | None = None
+            if num_nodes > 1:
+                plan = plan_tiers(config, topology, self.tuning)
+                self.tiers = Tiers(boot, config, topology, plan, regions.exchange_row_bytes, connect_timeout_s)
+        self._watch = Watch(boot.rank, boot.size, config, self._page, self.arena, self.buffers, self.tiers)
         self.mesh = make_mesh(config, boot.rank, boot.size, regions, self.buffers)
+        if self.tiers is not None:
+            self.mesh.fabric = self.tiers.view.data_ptr()
         self.mesh.base[: boot.size] = self.arena.base
         self.mesh.heap[: boot.size] = self.arena.heap_base
         self._last_stream: int | None = None
@@ -289,7 +301,11 @@ class OpQueue:
         handle.num_rows = int(landing.num_rows)
         handle.rank_counts = tuple(tuple(tail[r * ranks : (r + 1) * ranks]) for r in range(ranks))
         handle.rows_per_expert = tuple(tail[ranks * ranks : ranks * ranks + experts])
-        handle.load = tuple(tail[ranks * ranks + experts :])
+        first = ranks * ranks + experts
+        handle.load = tuple(tail[first : first + self.config.num_experts])
+        if self.tiers is not None:
+            nodes, first = self.tiers.num_nodes, first + self.config.num_experts
+            handle.node_counts = tuple(tuple(tail[first + r * nodes : first + (r + 1) * nodes]) for r in range(ranks))
         pending.grant = grant.split_front(landing.output_bytes)
         handle.records = grant.split_front(landing.total_bytes - landing.records)
 
@@ -366,7 +382,8 @@ class OpQueue:
             raise refusal_of
 
     def memory(self) -> MemoryReport:
-        return MemoryReport(self.arena.num_bytes, self.arena.heap.num_bytes, self.arena.heap.used_bytes)
+        registered = 0 if self.tiers is None else self.tiers.registered_bytes
+        return MemoryReport(self.arena.num_bytes + registered, self.arena.heap.num_bytes, self.arena.heap.used_bytes)
 
     def close(self) -> None:
         """All ranks come, then memory is freed; after a fault it waits for nobody. Raises what `check` would."""
@@ -379,8 +396,8 @@ class OpQueue:
             self._leave()
 
     def abandon(self) -> None:
-        """Leaves without waiting and tells the others."""
-        if not self._is_closed:
+        """Leaves without waiting and tells the others; nothing in a forked child, which has no part in this."""
+        if not self._is_closed and os.getpid() == self._pid:
             self._watch.abandon()
             self._leave()
 
@@ -394,6 +411,10 @@ class OpQueue:
         self._unsettled.clear()
         self._not_received.clear()
         self._captured.clear()
+        if self.tiers is not None:
+            if not is_quiet and self._last_stream is not None:
+                self._last_event.synchronize()  # a fault ends all kernels, and then nobody gives commands
+            self.tiers.close(is_quiet=is_quiet)
         self.arena.close(is_quiet=is_quiet)
         self._page.close()
 
@@ -405,23 +426,6 @@ class OpQueue:
                 slab.record_stream(stream)
                 return
         raise ConfigError("the tensor is no result of this Runtime")
-
-
-def _check_limits(config: RuntimeConfig, topology: Topology, num_ranks: int) -> None:
-    if topology.num_nodes != 1:
-        raise ConfigError(f"the GPU executor serves one node, the ranks are on {topology.num_nodes}")
-    if num_ranks > MAX_RANKS or config.num_topk > MAX_TOPK:
-        raise ConfigError(
-            f"num_ranks={num_ranks} and num_topk={config.num_topk} exceed what a warp serves: "
-            f"{MAX_RANKS} and {MAX_TOPK}"
-        )
-
-
-def _check_multiprocessors(wanted: int, device: Any) -> None:
-    """Blocks of a kernel wait for each other, so all of them must be resident: one on each multiprocessor."""
-    there = torch.cuda.get_device_properties(device).multi_processor_count
-    if wanted > there:
-        raise ConfigError(f"num_sms or num_local_sms={wanted} is above the {there} multiprocessors of {device}")
 
 
 def _pack(handle: bytes) -> bytes:

@@ -6,11 +6,12 @@ import logging
 from typing import Any
 
 from commlib.config import RuntimeConfig
-from commlib.cuda.calls import fault_error, peer_lost_error, refusal
+from commlib.cuda.calls import fault_error, peer_lost_error, phase_of, refusal
 from commlib.cuda.host_page import HostPage
 from commlib.cuda.kernels import Buffers
 from commlib.cuda.memory import Arena
 from commlib.cuda.params import HostResult
+from commlib.cuda.tiers import Tiers
 from commlib.errors import CommError, CommTimeout
 
 __all__ = ["Watch"]
@@ -22,11 +23,18 @@ class Watch:
     """A fault is terminal for the Runtime, a refusal is not."""
 
     def __init__(
-        self, rank: int, num_ranks: int, config: RuntimeConfig, page: HostPage, arena: Arena, buffers: Buffers
+        self,
+        rank: int,
+        num_ranks: int,
+        config: RuntimeConfig,
+        page: HostPage,
+        arena: Arena,
+        buffers: Buffers,
+        tiers: Tiers | None,
     ):
         self.fault: CommError | None = None
         self._rank, self._num_ranks, self._config = rank, num_ranks, config
-        self._page, self._arena, self._buffers = page, arena, buffers
+        self._page, self._arena, self._buffers, self._tiers = page, arena, buffers, tiers
 
     def check_faults(self) -> None:
         """Raises the fault of this Runtime, if any. In whatever call: all ranks have it, so it sets none apart."""
@@ -34,12 +42,22 @@ class Watch:
             board = self._buffers.board
             if board.kind:
                 self.fault = fault_error(board, self._rank, self._config.timeout_s)
+                if self._tiers is not None:
+                    self._tiers.tell(board, phase_of(board), self._config.timeout_s)
+            elif self._tiers is not None and (found := self._tiers.fault()) is not None:
+                self.fault = found
+                self._end_own_kernels(self._rank)
             elif (peer := self._page.lost_peer()) is not None:
                 self.fault = peer_lost_error(self._rank, peer)
-                # Kernels that wait for it would go on to their deadline.
-                self._buffers.raise_fault([self._arena.base[self._rank]], self._arena.regions, self._rank, peer)
+                if self._tiers is not None:
+                    self._tiers.tell_lost(peer)
+                self._end_own_kernels(peer)
         if self.fault is not None:
             raise self.fault
+
+    def _end_own_kernels(self, peer: int) -> None:
+        """Those that wait would go on to their deadline."""
+        self._buffers.raise_fault([self._arena.base[self._rank]], self._arena.regions, self._rank, peer)
 
     def take_refusal(self) -> CommError | None:
         """Of an operation that nobody waited for.
@@ -73,6 +91,8 @@ class Watch:
         if self.fault is not None:
             return
         self.fail(peer_lost_error(self._rank, self._rank))
+        if self._tiers is not None:
+            self._tiers.tell_left()
         bases: list[Any] = [base for base in self._arena.base if base]
         try:
             self._buffers.raise_fault(bases, self._arena.regions, self._rank, self._rank)

@@ -5,6 +5,7 @@ NB_MODULE(_native, module) {
   commlib::bindings::register_errors(module);
   commlib::bindings::register_operations(module);
   commlib::bindings::register_engine(module);
+  commlib::bindings::register_fabric(module);
   commlib::bindings::register_goodput(module);
   commlib::bindings::register_machine(module);
 }

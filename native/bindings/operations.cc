@@ -34,6 +34,8 @@ Outcome wait(Op& op) {
   }
 }
 
+}  // namespace
+
 nb::dict fault_dict(const FaultRecord& fault) {
   nb::dict out;
   out["kind"] = int(fault.kind);
@@ -48,8 +50,6 @@ nb::dict fault_dict(const FaultRecord& fault) {
   out["detail"] = std::string(fault.detail);
   return out;
 }
-
-}  // namespace
 
 void register_operations(nb::module_& module) {
   nb::enum_<OutcomeKind>(module, "OutcomeKind")

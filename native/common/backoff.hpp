@@ -11,17 +11,18 @@ namespace commlib {
 
 class Backoff {
  public:
+  // 0: yields for ever.
   explicit Backoff(int max_sleep_us) : max_sleep_us_(max_sleep_us) {}
 
   void reset() { idle_ = 0; }
 
   void wait() {
-    ++idle_;
+    if (idle_ < kYields + 64) ++idle_;
     if (idle_ < kSpins) {
 #if defined(__x86_64__)
       __builtin_ia32_pause();
 #endif
-    } else if (idle_ < kYields) {
+    } else if (idle_ < kYields || max_sleep_us_ == 0) {
       sched_yield();
     } else {
       const int us = idle_ - kYields < 64 ? max_sleep_us_ / 4 : max_sleep_us_;

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu/executor.hpp"
+#include "proxy/fabric.hpp"
 
 namespace commlib {
 
@@ -27,8 +28,7 @@ struct EngineConfig {
   double heartbeat_timeout_s = 10;
   uint64_t config_digest = 0;  // ranks that disagree are told so in connect()
   std::string transport = "ucx";
-  TransportOptions transport_options;  // local_rank and node are filled in here
-  // Test hook: makes the transport in place of the provider named above.
+  TransportOptions transport_options;  // see FabricConfig
   std::function<std::unique_ptr<Transport>(PutListener*, int rank)> make_transport;
 };
 
@@ -44,7 +44,7 @@ class Engine {
   ~Engine();
 
   // Opaque; every rank gives it to every rank.
-  std::vector<uint8_t> address() const;
+  std::vector<uint8_t> address() const { return fabric_->address(); }
   // Maps the peers, connects the transport, starts the threads. Once. All ranks must have their
   // addresses until the slowest has connected (a barrier of the bootstrap follows).
   void connect(const std::vector<std::vector<uint8_t>>& addresses);
@@ -57,17 +57,17 @@ class Engine {
   // Stops without a barrier: peers learn that this rank has gone. Idempotent; never waits for them.
   void abandon() { stop(false); }
 
-  const Group& group() const { return mesh_->group(); }
+  const Group& group() const { return fabric_->mesh().group(); }
   // What the next operation would meet, without waiting: kDone or kFault.
   Outcome status() const;
-  bool has_fault() const { return board_.raised(); }
-  FaultRecord fault() const { return board_.record(); }
-  std::string describe_transport() const;
-  ProxyCounters proxy_counters() const { return proxy_->counters(); }
+  bool has_fault() const { return fabric_->board().raised(); }
+  FaultRecord fault() const { return fabric_->board().record(); }
+  std::string describe_transport() const { return fabric_->describe_transport(); }
+  ProxyCounters proxy_counters() const { return fabric_->proxy().counters(); }
   std::map<std::string, RoleCounters> role_counters() const { return executor_->counters(); }
   MemoryReport memory() const;
   Executor& executor() { return *executor_; }  // for the test hooks, as is proxy()
-  Proxy& proxy() { return *proxy_; }
+  Proxy& proxy() { return fabric_->proxy(); }
 
  private:
   void stop(bool is_clean);
@@ -75,12 +75,8 @@ class Engine {
 
   EngineConfig config_;
   int64_t pid_;
-  FaultBoard board_;
-  std::unique_ptr<Mesh> mesh_;
-  std::unique_ptr<Proxy> proxy_;
+  std::unique_ptr<Fabric> fabric_;
   std::unique_ptr<Executor> executor_;
-  std::string transport_text_;
-  bool is_connected_ = false;
   bool is_closed_ = false;
 };
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "channel/counter.hpp"
-#include "cuda/count.cuh"
+#include "cuda/tier_exchange.cuh"
 
 namespace commlib::cuda {
 
@@ -34,10 +34,6 @@ struct Ledger {
     return reinterpret_cast<const ExchangeHeader*>(headers)[source];
   }
 };
-
-__device__ inline uint32_t* row_counts(uint8_t* row) {
-  return reinterpret_cast<uint32_t*>(row + sizeof(ExchangeHeader));
-}
 
 // Keeps the sums of the blocks below each block; returns the sum of all. Loads of many blocks are
 // under way together.
@@ -82,35 +78,49 @@ __device__ inline void publish_header(const Mesh& mesh, const ExchangeCall& call
     for (int i = 0; i < kTextWords; ++i) header->text[i] = call.text[i];
 }
 
-__device__ inline void publish(const Mesh& mesh, const ExchangeCall& call, const Ledger& ledger,
+// False: a wait was in vain.
+__device__ inline bool publish(const Mesh& mesh, const ExchangeCall& call, const Ledger& ledger,
                                uint64_t epoch) {
-  if (int(threadIdx.x) < mesh.num_ranks) publish_header(mesh, call, epoch, int(threadIdx.x));
+  const bool is_peer = int(threadIdx.x) < mesh.num_ranks && mesh.base[threadIdx.x] != nullptr;
+  if (is_peer) publish_header(mesh, call, epoch, int(threadIdx.x));
   for (int c = int(threadIdx.x); c < ledger.columns; c += int(blockDim.x)) {
     const uint32_t sum = has_counts(call) ? sum_blocks(call, ledger, c) : 0;
     for (int rank = 0; rank < mesh.num_ranks; ++rank)
-      row_counts(exchange_row(mesh, rank, epoch, mesh.rank))[c] = sum;
+      if (mesh.base[rank] != nullptr)
+        row_counts(exchange_row(mesh, rank, epoch, mesh.rank))[c] = sum;
   }
+  if (mesh.fabric != nullptr) publish_node_counts(mesh, call, epoch);
   __syncthreads();
   if (threadIdx.x == 0) mesh.workspace->input_error = kNoError;
-  if (int(threadIdx.x) < mesh.num_ranks) {
+  if (is_peer) {
     // Publishes what all threads of this block wrote. Partner: the load in gather() at that rank.
     fence_system();
     store_release(at<uint64_t>(mesh, int(threadIdx.x), mesh.exchange_epoch + kLine * mesh.rank),
                   epoch);
   }
+  return mesh.fabric == nullptr || send_rows(mesh, epoch);
+}
+
+__device__ inline bool wait_row(const Mesh& mesh, int source, uint64_t epoch) {
+  const uint64_t* word = at<uint64_t>(mesh, mesh.rank, mesh.exchange_epoch + kLine * source);
+  return wait_until(mesh, {kExchange, source, epoch, epoch}, [=](uint64_t* seen) {
+    *seen = load_acquire(word);  // partner: the store in publish() at the source, in relay_rows()
+    return *seen >= epoch;
+  });
 }
 
 // Waits for every rank's row and brings all of them to shared memory.
 __device__ inline bool gather(const Mesh& mesh, const ExchangeCall& call, const Ledger& ledger,
                               uint64_t epoch) {
-  bool has_come = true;
   const int source = int(threadIdx.x), ranks = mesh.num_ranks;
-  if (source < ranks) {
-    const uint64_t* word = at<uint64_t>(mesh, mesh.rank, mesh.exchange_epoch + kLine * source);
-    has_come = wait_until(mesh, {kExchange, source, epoch, epoch}, [=](uint64_t* seen) {
-      *seen = load_acquire(word);  // partner: the store in publish() at the source
-      return *seen >= epoch;
-    });
+  const bool is_here = source < ranks && mesh.base[source] != nullptr;
+  bool has_come = mesh.fabric == nullptr || relay_rows(mesh, epoch);
+  if (has_come && is_here) has_come = wait_row(mesh, source, epoch);
+  if (mesh.fabric != nullptr) {
+    // Ranks of the own node first: one that stands still also holds back what it relays, and the
+    // sources it relays for would be blamed in its place.
+    has_come = __syncthreads_and(has_come) != 0;
+    if (has_come && source < ranks && !is_here) has_come = wait_row(mesh, source, epoch);
   }
   if (__syncthreads_and(has_come) == 0) return false;
   for (int i = int(threadIdx.x); i < ranks * kHeaderWords; i += int(blockDim.x)) {
@@ -122,6 +132,7 @@ __device__ inline bool gather(const Mesh& mesh, const ExchangeCall& call, const 
     uint8_t* row = exchange_row(mesh, mesh.rank, epoch, i / columns);
     ledger.rows[i] = row_counts(row)[i % columns];
   }
+  if (mesh.fabric != nullptr && call.call.kind == kDispatch) keep_node_counts(mesh, call, epoch);
   // By handle the counts are those of the dispatch that made it.
   const bool is_by_handle = call.call.kind == kCachedDispatch || call.call.kind == kCombine;
   if (is_by_handle && call.status == kOk) {

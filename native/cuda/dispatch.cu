@@ -14,15 +14,7 @@ extern "C" __global__ void __launch_bounds__(448, 1)
   fence_async_shared();  // what settle() left in shared memory, before bulk copies overwrite it
   __syncthreads();
   WarpMemory own = carve_rows(call.piece_bytes, call.cast, memory);
-  // Blocks that push do some of each role: what binds is how much one multiprocessor can store.
-  const bool has_helpers = gridDim.x > call.push_blocks, is_helper = blockIdx.x >= call.push_blocks;
-  if (is_helper || uint32_t(warp_id()) < call.push_warps) {
-    Reach reach = is_helper ? kSelf : has_helpers ? kOthers : kEverybody;
-    for (;; reach = kSelf) {
-      push(mesh, call, own, reach);
-      if (reach != kOthers) break;
-    }
-  }
+  push_share(mesh, call, own);
   const Share share = share_of_padding(call);
   if (call.layout == kGrouped && share.has_part) zero_padding(mesh, call, own, share);
   if (call.capacity != 0 && call.topk_idx != nullptr) clear_tail(mesh, call);

@@ -3,7 +3,7 @@
 // generated there compares every offset.
 #pragma once
 
-#include "common/types.hpp"
+#include "channel/device_fabric.hpp"
 
 namespace commlib::cuda {
 
@@ -40,6 +40,10 @@ enum Phase : uint32_t {
   kRoom = 4,  // latency regime: for the slots of the operation before the last
   kTakeIn = 5,
   kAddUp = 6,
+  kScaleOut = 7,  // for room in a ring between nodes, or in a FIFO
+  kForward = 8,
+  kHomecoming = 9,
+  kForwardReduce = 10,
 };
 enum RowOrder : uint32_t { kGrouped = 0, kRows = 1 };
 enum Cast : uint32_t { kNoCast = 0, kCastFp32 = 1, kCastPow2 = 2 };
@@ -99,6 +103,7 @@ struct Tables {
   uint32_t* num_rows;         // [rank]
   uint32_t* rows_per_expert;  // [local expert], no padding
   uint32_t* expert_offset;    // [local expert + 1]
+  uint32_t* node_counts;      // [source][node] distinct tokens; several nodes only
   uint32_t* state;            // 0: as it should be; 1: refused or overflowed, all counts are 0
 };
 
@@ -129,6 +134,9 @@ struct Plan {
   int64_t* topk_idx;
   uint8_t* records;
   PeerPlan peer[kMaxRanks];
+  // Combine between nodes: parts of the own landing.
+  uint8_t* home_in[kMaxRanks];     // [node] rows of own tokens that come from there
+  uint8_t* forward_in[kMaxRanks];  // [source] of another node: partial rows of its tokens
 };
 
 // Device memory of one Runtime that no peer sees.
@@ -162,9 +170,12 @@ struct Mesh {
   uint64_t exchange_row_bytes;
   uint64_t dispatch_arrived;  // [source][record] uint32: epoch in which the row came
   uint64_t combine_arrived;   // [writer][record] uint32: epoch in which the partial row came
+  uint64_t partial_arrived;   // several nodes: [source][local rank of the writer][record] likewise
+  uint64_t home_arrived;      // several nodes: [node][slot] likewise, of rows from other nodes
+  DeviceFabric* fabric;       // nullptr: one node
   FaultNote* board;           // in pinned host memory
   Workspace* workspace;
-  uint8_t* base[kMaxRanks];
+  uint8_t* base[kMaxRanks];  // nullptr: of another node
   uint8_t* heap[kMaxRanks];  // where grants count from
 };
 
@@ -173,6 +184,7 @@ struct ExchangeCall {
   const float* topk_weights;
   uint2* slots;          // [token][slot]: place in its block's tokens of the expert, of the rank
   uint32_t* block_base;  // [block][E + R]: counts, then the first row and record of each block
+  uint32_t* node_masks;  // [token] a bit per node that wants it; several nodes only
   HostResult* result;
   HostResult* refused;  // in pinned memory: keeps the first refusal of calls that nobody waits for
   Tables tables;
@@ -221,6 +233,21 @@ struct CombineCall {
   uint32_t row_bytes;
   uint32_t layout;
   uint32_t final_warps;
+};
+
+// Between nodes: the blocks that serve the network, the slots that travel, and what the handle keeps.
+struct TierCall {
+  const uint32_t* node_masks;
+  const uint32_t* node_counts;
+  uint32_t* slot_tokens;     // [node][token number]: whose row is in each slot to that node
+  uint32_t* token_slots;     // [token][node]: the inverse
+  uint8_t* forward_records;  // [in_source][slot]: record, then the number of each slot's record
+  uint32_t num_tokens;
+  uint32_t out_blocks, in_blocks;
+  uint32_t slot_bytes;
+  uint32_t scales_offset, record_offset;  // dispatch
+  uint32_t is_fresh;
+  uint32_t reserved;
 };
 
 template <typename T>

@@ -1,12 +1,10 @@
 // From the exchanged rows to where everything goes: the same sums on every rank.
 #pragma once
 
-#include "cuda/agree.cuh"
+#include "cuda/tier_plan.cuh"
 #include "layout/record.hpp"
 
 namespace commlib::cuda {
-
-constexpr uint64_t kHeapAlignment = 256;
 
 __device__ inline uint32_t warp_inclusive_sum(uint32_t value) {
   for (int delta = 1; delta < 32; delta *= 2) {
@@ -61,8 +59,6 @@ __device__ inline void place_blocks(const Mesh& mesh, const ExchangeCall& call,
     call.block_base[i] = first + ledger.before[i];
   }
 }
-
-__device__ inline uint64_t align_heap(uint64_t bytes) { return align_up(bytes, kHeapAlignment); }
 
 __device__ inline Landing dispatch_landing(const Mesh& mesh, const ExchangeCall& call,
                                            uint64_t num_rows, uint64_t num_records) {
@@ -153,6 +149,8 @@ __device__ inline Verdict make_plan(const Mesh& mesh, const ExchangeCall& call,
         plan.records = grant + landing.records;
         call.result->landing = landing;
       }
+    } else if (mesh.fabric != nullptr) {
+      needed = place_partials(mesh, call, ledger, peer, own);
     } else {
       for (int w = 0; w < ranks; ++w)
         needed += align_heap(counts[peer * ranks + w] * call.slot_bytes);

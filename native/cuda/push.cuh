@@ -96,6 +96,11 @@ __device__ inline void write_records(const Mesh& mesh, const DispatchCall& call,
   }
 }
 
+// Whether this rank's kernels write there themselves. Other nodes get rows from their rails.
+__device__ inline bool is_near(const Mesh& mesh, int rank) {
+  return rank >= 0 && mesh.base[rank] != nullptr;
+}
+
 // Role: each own row to each destination rank once, on the own rank to all its slots.
 __device__ inline void push(const Mesh& mesh, const DispatchCall& call, WarpMemory& own,
                             Reach reach) {
@@ -115,7 +120,8 @@ __device__ inline void push(const Mesh& mesh, const DispatchCall& call, WarpMemo
     const uint32_t token = pick.token;
     const Route route = make_route(mesh, call, pick, place, reach);
     const bool is_reached =
-        route.rank >= 0 && (reach == kEverybody || (route.rank == mesh.rank) == (reach == kSelf));
+        is_near(mesh, route.rank) &&
+        (reach == kEverybody || (route.rank == mesh.rank) == (reach == kSelf));
     const uint32_t same = __match_any_sync(0xffffffffu, is_reached ? route.rank : -1 - lane);
     const bool is_first = is_reached && __ffs(int(same)) - 1 == lane;
     const uint32_t first_lanes = __ballot_sync(0xffffffffu, is_first);
@@ -155,6 +161,18 @@ __device__ inline void push(const Mesh& mesh, const DispatchCall& call, WarpMemo
   }
   own.pipe.drain(caster);
   own.announcer.tell_all(mesh, flags, plan.epoch);
+}
+
+// What a block pushes. Blocks that push do some of each role: what binds is how much one
+// multiprocessor can store.
+__device__ inline void push_share(const Mesh& mesh, const DispatchCall& call, WarpMemory& own) {
+  const bool has_helpers = gridDim.x > call.push_blocks, is_helper = blockIdx.x >= call.push_blocks;
+  if (!is_helper && uint32_t(warp_id()) >= call.push_warps) return;
+  Reach reach = is_helper ? kSelf : has_helpers ? kOthers : kEverybody;
+  for (;; reach = kSelf) {
+    push(mesh, call, own, reach);
+    if (reach != kOthers) break;
+  }
 }
 
 }  // namespace commlib::cuda

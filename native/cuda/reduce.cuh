@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/sum.cuh"
+#include "cuda/tier_ring.cuh"
 #include "layout/record.hpp"
 
 namespace commlib::cuda {
@@ -73,6 +74,22 @@ __device__ void reduce_record(const Mesh& mesh, const CombineCall& call, WarpMem
            reinterpret_cast<uint64_t>(call.y + row * call.row_bytes), weight, count);
 }
 
+// Where it is told that a partial row has come: at the source, or at the source's rail here.
+__device__ inline uint32_t place_of_partial(const Mesh& mesh, const Turn& turn) {
+  if (mesh.fabric == nullptr) return Tellers::place(int(turn.source), int(turn.number));
+  const DeviceFabric& fabric = *mesh.fabric;
+  const bool is_here = mesh.base[turn.source] != nullptr;
+  const int collector = is_here ? int(turn.source) : fabric.rail[turn.source][fabric.node];
+  const uint64_t number =
+      partial_flag(mesh, int(turn.source), mesh.rank) + uint64_t(turn.number);
+  return Tellers::place(collector, int(number));
+}
+
+__device__ inline Flags flags_of_partials(const Mesh& mesh) {
+  if (mesh.fabric != nullptr) return {mesh.partial_arrived, 0};
+  return {mesh.combine_arrived, uint32_t(mesh.max_tokens)};
+}
+
 // Role: a partial row for every record, in record order, sources taking turns. Each rank begins
 // with itself and goes on to the next, so that no source is written by all at once.
 template <typename Sum>
@@ -82,7 +99,7 @@ __device__ void reduce(const Mesh& mesh, const CombineCall& call, WarpMemory& ow
       0xffffffffu, lane_id() < mesh.num_ranks ? plan.peer[lane_id()].num_from : 0u);
   const uint32_t end = most * uint32_t(mesh.num_ranks);
   Sum sum(own.is_last, own.weights);
-  const Flags flags{mesh.combine_arrived, uint32_t(mesh.max_tokens)};
+  const Flags flags = flags_of_partials(mesh);
   Tickets tickets(&mesh.workspace->next_reduce);
   Job job = make_job(mesh, call, tickets.take());
   load_weight(mesh, call, job);
@@ -93,7 +110,7 @@ __device__ void reduce(const Mesh& mesh, const CombineCall& call, WarpMemory& ow
     const Turn turn = turn_of(mesh, call, job.ticket);
     if (turn.is_there) {
       reduce_record(mesh, call, own, sum, job, turn);
-      own.announcer.add(Tellers::place(int(turn.source), int(turn.number)), own.pipe.loaded);
+      own.announcer.add(place_of_partial(mesh, turn), own.pipe.loaded);
       own.announcer.tell(mesh, flags, plan.epoch, own.pipe);
     }
     job = next;

@@ -31,6 +31,9 @@ __device__ inline void report_to_host(const Mesh& mesh, const ExchangeCall& call
   uint32_t* rows_per_expert = rank_counts + ranks * ranks;
   uint32_t* load = rows_per_expert + mesh.experts_per_rank;
   for (int i = thread; i < ranks * ranks; i += threads) rank_counts[i] = ledger.rank_counts[i];
+  if (mesh.fabric != nullptr)
+    for (int i = thread; i < ranks * mesh.fabric->num_nodes; i += threads)
+      load[mesh.num_experts + i] = call.tables.node_counts[i];
   for (int e = thread; e < mesh.num_experts; e += threads) {
     uint32_t sum = 0;
     for (int source = 0; source < ranks; ++source) sum += ledger.rows[source * ledger.columns + e];
@@ -86,7 +89,7 @@ __device__ inline void settle_alone(const Mesh& mesh, const ExchangeCall& call, 
   if (threadIdx.x == 0) verdict = kFaulty;
   bool is_there = !is_faulty(mesh) && mesh.workspace->is_faulty == 0;
   is_there = __syncthreads_and(is_there) != 0;
-  if (is_there) publish(mesh, call, ledger, epoch);
+  if (is_there) is_there = __syncthreads_and(publish(mesh, call, ledger, epoch)) != 0;
   if (is_there) is_there = gather(mesh, call, ledger, epoch);
   if (is_there) {
     if (has_counts(call)) place_experts(mesh, call, ledger);
@@ -131,6 +134,7 @@ __device__ inline bool settle(const Mesh& mesh, const ExchangeCall& call, uint32
   __shared__ uint32_t is_settled;
   if (threadIdx.x == 0) epoch = mesh.workspace->epoch + 1;  // goes on when every block has come
   if (has_counts(call)) count_tokens(mesh, call, memory);
+  if (has_counts(call) && mesh.fabric != nullptr) count_nodes(mesh, call);
   if (is_last_block(mesh)) {
     settle_alone(mesh, call, memory, epoch);
   } else {

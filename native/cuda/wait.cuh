@@ -58,6 +58,7 @@ __device__ inline void raise_timeout(const Mesh& mesh, const WaitFor& what, uint
   const FaultNote note{1, what.phase, mesh.rank, what.peer, what.epoch, what.expected, seen};
   copy_note(mesh.board, note);
   for (int rank = 0; rank < mesh.num_ranks; ++rank) {
+    if (mesh.base[rank] == nullptr) continue;  // the hosts tell other nodes
     copy_note(at<FaultNote>(mesh, rank, mesh.fault_note) + mesh.rank, note);
     // Partner: the load in is_faulty at that rank.
     commlib::store_release(at<uint64_t>(mesh, rank, mesh.fault_word), uint64_t(mesh.rank) + 1);

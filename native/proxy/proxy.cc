@@ -20,11 +20,9 @@ uint64_t make_token(uint32_t channel, uint64_t index) { return uint64_t(channel)
 
 }  // namespace
 
-Proxy::Proxy(Mesh& mesh, FaultBoard& board, int num_fifos) : mesh_(mesh), board_(board) {
-  for (int i = 0; i < num_fifos; ++i) {
-    fifos_.push_back(std::make_unique<Fifo>());
-    consumers_.push_back(FifoConsumer{fifos_.back()->memory()});
-  }
+Proxy::Proxy(Mesh& mesh, FaultBoard& board, int num_fifos)
+    : mesh_(mesh), board_(board), fifos_(num_fifos) {
+  for (int i = 0; i < num_fifos; ++i) consumers_.push_back(FifoConsumer{fifos_.fifo(i)});
 }
 
 Proxy::~Proxy() { stop(false, 0); }
@@ -36,9 +34,12 @@ void Proxy::set_transport(std::unique_ptr<Transport> transport, double heartbeat
 
 void Proxy::set_channels(ChannelTable table) {
   table_.emplace(std::move(table));
-  for (const ChannelSpec& spec : table_->specs()) {
+  const size_t count = table_->specs().size();
+  completions_ = std::make_unique<RegisteredMemory>(align_up((count + 1) * kLine, 4096));
+  for (size_t i = 0; i < count; ++i) {
     channels_.push_back(std::make_unique<Channel>());
-    channels_.back()->spec = spec;
+    channels_.back()->spec = table_->specs()[i];
+    channels_.back()->completed = reinterpret_cast<uint64_t*>(completions_->base() + i * kLine);
   }
 }
 
@@ -70,7 +71,7 @@ void Proxy::loop() {
   // With remote peers an idle proxy must go on progressing: puts over TCP land only if it does.
   const auto idle_period = std::chrono::duration<double>(
       transport_ ? std::min(0.0005, monitor_->period_s()) : monitor_->period_s());
-  Backoff backoff(100);
+  Backoff backoff(is_eager_ ? 0 : 100);
   while (!stop_.load(std::memory_order_acquire)) {
     if (is_frozen_.load(std::memory_order_acquire)) {
       std::this_thread::sleep_for(std::chrono::milliseconds(1));
@@ -84,7 +85,7 @@ void Proxy::loop() {
     monitor_->tick(now_s());
     if (events > 0) {
       backoff.reset();
-    } else if (is_busy_.load(std::memory_order_acquire) && transport_) {
+    } else if ((is_eager_ || is_busy_.load(std::memory_order_acquire)) && transport_) {
       backoff.wait();
     } else {
       std::unique_lock<std::mutex> lock(mutex_);
@@ -182,7 +183,7 @@ void Proxy::on_put_complete(uint64_t token) {
   if (number >= channels_.size() || index >= channels_[number]->posted)
     return raise_unknown_token(number, index);
   Channel& channel = *channels_[number];
-  uint64_t completed = channel.completed.load(std::memory_order_relaxed);
+  uint64_t completed = load_relaxed(channel.completed);
   // The first report of a put stands; a provider that repeats one has lost nothing of ours.
   if (index < completed) return;
   channel.in_flight[index - completed] = true;
@@ -190,7 +191,7 @@ void Proxy::on_put_complete(uint64_t token) {
     channel.in_flight.pop_front();
     ++completed;
   }
-  channel.completed.store(completed, std::memory_order_release);  // partner: completed()
+  store_release(channel.completed, completed);  // partner: completed(), or the kernel's load
 }
 
 // The provider is out of its mind: slots may be reused while it reads them.

@@ -16,16 +16,22 @@
 
 namespace commlib {
 
-// Owning memory of one FIFO.
-class Fifo {
+// Memory of all FIFOs of a rank in one piece, so that a GPU can map it.
+class FifoBank {
  public:
   static constexpr uint64_t kCapacity = 1024;
-  Fifo() : slots_(new Command[kCapacity]()) {}
-  FifoMemory memory() { return {slots_.get(), &tail_, kCapacity}; }
+  static constexpr size_t kTail = kCapacity * sizeof(Command);  // offset in a FIFO's part
+  static constexpr size_t kStride = kTail + kLine;
+
+  explicit FifoBank(int count) : memory_(align_up(size_t(count) * kStride, 4096)) {}
+  FifoMemory fifo(int index) const {
+    uint8_t* base = memory_.base() + size_t(index) * kStride;
+    return {reinterpret_cast<Command*>(base), reinterpret_cast<uint64_t*>(base + kTail), kCapacity};
+  }
+  const RegisteredMemory& memory() const { return memory_; }
 
  private:
-  std::unique_ptr<Command[]> slots_;
-  alignas(kLine) uint64_t tail_ = 0;
+  RegisteredMemory memory_;
 };
 
 struct ProxyCounters {
@@ -48,13 +54,18 @@ class Proxy : public PutListener {
   // Drains the FIFOs, says good-bye if `is_clean`, shuts the transport down, joins. Idempotent.
   void stop(bool is_clean, double timeout_s);
 
-  FifoMemory fifo(int index) { return fifos_[size_t(index)]->memory(); }
+  FifoMemory fifo(int index) const { return fifos_.fifo(index); }
+  const RegisteredMemory& fifo_memory() const { return fifos_.memory(); }
+  // [channel] line: what completed() returns.
+  const RegisteredMemory& completions() const { return *completions_; }
   // Commands of the channel whose local bytes may be reused: all those numbered below this.
   uint64_t completed(uint32_t channel) const {
-    return channels_[channel]->completed.load(std::memory_order_acquire);
+    return load_acquire(channels_[channel]->completed);  // partner: on_put_complete
   }
   // Operations under way: while there are any the thread yields, else it sleeps between ticks.
   void set_busy(bool is_busy);
+  // Before start(): never sleeps. For commands that come from a GPU, which wakes nobody.
+  void set_eager() { is_eager_ = true; }
   // Test hook: the thread stands still, as in a stopped process: no puts, no progress, no beat.
   void set_frozen(bool is_frozen) { is_frozen_.store(is_frozen, std::memory_order_release); }
   ProxyCounters counters() const;
@@ -68,8 +79,8 @@ class Proxy : public PutListener {
     uint64_t total = 0;   // running total of counts: the value of the peer's counter
     uint64_t posted = 0;  // puts
     bool is_dirty = false;
-    std::deque<bool> in_flight;          // oldest first: completed yet?
-    std::atomic<uint64_t> completed{0};  // prefix of puts that completed
+    std::deque<bool> in_flight;     // oldest first: completed yet?
+    uint64_t* completed = nullptr;  // in completions_: prefix of puts that completed
   };
 
   void loop();
@@ -84,7 +95,8 @@ class Proxy : public PutListener {
   FaultBoard& board_;
   std::unique_ptr<Transport> transport_;
   std::unique_ptr<Monitor> monitor_;
-  std::vector<std::unique_ptr<Fifo>> fifos_;
+  FifoBank fifos_;
+  std::unique_ptr<RegisteredMemory> completions_;
   std::vector<FifoConsumer> consumers_;
   std::vector<std::unique_ptr<Channel>> channels_;
   std::vector<Channel*> dirty_;
@@ -95,6 +107,7 @@ class Proxy : public PutListener {
   std::atomic<bool> is_busy_{false};
   std::atomic<bool> is_frozen_{false};
   bool is_clean_stop_ = false;
+  bool is_eager_ = false;
   double stop_timeout_s_ = 0;
   std::mutex mutex_;
   std::condition_variable wake_;

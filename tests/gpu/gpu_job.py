@@ -45,6 +45,7 @@ def join() -> tuple[Bootstrap, torch.device]:
 def open_runtime(
     boot: Bootstrap, device: torch.device, work: Workload, hidden: int, **changes: Any
 ) -> Iterator[Runtime]:
+    topology = changes.pop("topology", None)
     values = {
         "hidden": hidden,
         "num_experts": work.num_experts,
@@ -56,7 +57,7 @@ def open_runtime(
         "arena_bytes": 256 << 20,
         **changes,
     }
-    with Runtime(boot, RuntimeConfig(**values), device=device) as runtime:
+    with Runtime(boot, RuntimeConfig(**values), device=device, topology=topology) as runtime:
         yield runtime
         torch.cuda.synchronize()
         runtime.check()
@@ -148,7 +149,7 @@ class Case:
             self.expected,
             self.work.topk_idx,
             self.work.num_experts,
-            [0] * runtime.num_ranks,
+            list(runtime.topology.node_of_rank),
             weights=weights if weighted else None,
             weight_grads=weight_grads if grads else None,
         )[own]

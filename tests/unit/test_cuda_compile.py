@@ -12,7 +12,7 @@ from commlib.config import RuntimeConfig
 from commlib.cuda import compile as cuda_compile
 from commlib.cuda import params
 from commlib.cuda.compile import UNITS, compile_unit, resources
-from commlib.cuda.launch import MAX_SHARED_BYTES, Tuning, plan_combine, plan_dispatch
+from commlib.cuda.launch import MAX_SHARED_BYTES, Tuning, plan_combine, plan_dispatch, plan_tier_combine
 from commlib.cuda.memory import ALIGNMENT, Heap, Regions
 from commlib.errors import ConfigError
 
@@ -20,6 +20,8 @@ KERNELS = {
     "exchange": {"exchange"},
     "dispatch": {"dispatch"},
     "combine": {"combine_bf16", "combine_f32"},
+    "tier_dispatch": {"tier_dispatch"},
+    "tier_combine": {"tier_combine_bf16", "tier_combine_f32"},
     "latency_dispatch": {"latency_dispatch"},
     "latency_combine": {"latency_combine"},
     "gate": {"gate_8", "gate_16", "gate_32"},
@@ -75,7 +77,8 @@ def test_unknown_unit() -> None:
     with pytest.raises(
         ConfigError,
         match=re.escape(
-            "unit='nothing' is not one of exchange|dispatch|combine|latency_dispatch|latency_combine|gate|push_limit"
+            "unit='nothing' is not one of exchange|dispatch|combine|tier_dispatch|tier_combine|"
+            "latency_dispatch|latency_combine|gate|push_limit"
         ),
     ):
         compile_unit("nothing")
@@ -92,6 +95,9 @@ def test_launches_fit(hidden: int, element: int) -> None:
         cast = plan_dispatch(hidden * element, tuning, cast_element_bytes=element)
         assert cast.piece_bytes % (128 * element) == 0
         launches.append(cast)
+    if hidden * element % 16 == 0 and element > 1:
+        launches.append(plan_tier_combine(hidden * element, element, tuning))
+        assert launches[-1].warps <= 12  # __launch_bounds__ in native/cuda/tier_combine.cu
     for launch in launches:
         assert 0 < launch.shared_bytes <= MAX_SHARED_BYTES
         assert launch.piece_bytes % 16 == 0 and 32 * launch.warps <= 512
@@ -129,3 +135,7 @@ def test_regions_do_not_overlap() -> None:
     assert offsets[0] == 0 and len(set(offsets)) == len(offsets) and all(o % ALIGNMENT == 0 for o in offsets)
     assert regions.offsets["combine_arrived"] - regions.offsets["dispatch_arrived"] >= 4 * 4 * 100
     assert regions.total_bytes - regions.offsets["combine_arrived"] >= 4 * 4 * 100
+    several = Regions(config, 4, num_nodes=2, max_local_ranks=2)
+    assert several.exchange_row_bytes >= regions.exchange_row_bytes
+    assert several.offsets["home_arrived"] - several.offsets["partial_arrived"] >= 4 * 4 * 2 * 100
+    assert several.total_bytes - several.offsets["home_arrived"] >= 4 * 2 * 100

@@ -1,0 +1,66 @@
+// What a kernel needs of the scale-out side of its rank: where rings, counters, FIFOs and
+// completions lie, who is whose rail, and the ends of the rings. Filled by the host once
+// (native/proxy/fabric.cc), copied to device memory; only `state` changes there.
+#pragma once
+
+#include "channel/fifo.hpp"
+#include "channel/ring.hpp"
+
+namespace commlib {
+
+constexpr int kMaxFabricRanks = 32;  // one lane per rank, one per node
+constexpr int kMaxFabricFifos = 1 + 2 * kMaxFabricRanks;
+
+// One outgoing ring of this rank and its far end.
+struct SendEnd {
+  uint64_t local_offset;   // of the ring in the own registered region
+  uint64_t remote_offset;  // in the receiver's
+  uint64_t credit;         // offset of the own word: chunks that the receiver has drained
+  uint32_t channel;
+  uint32_t reserved;
+};
+
+struct RecvEnd {
+  uint64_t local_offset;
+  uint64_t count;           // offset of the own word: chunks that arrived
+  uint32_t credit_channel;  // on which drained chunks are told
+  uint32_t reserved;
+};
+
+// Written by the kernels of one Runtime, one after the other.
+struct FabricState {
+  uint64_t dispatch_sent[kMaxFabricRanks];      // [node] chunks over the life of the ring
+  uint64_t combine_received[kMaxFabricRanks];   // [node]
+  uint64_t dispatch_received[kMaxFabricRanks];  // [source]
+  uint64_t combine_sent[kMaxFabricRanks];       // [source]
+  uint64_t fifo_head[kMaxFabricFifos];
+  uint64_t fifo_cached_tail[kMaxFabricFifos];
+  uint32_t node_totals[kMaxFabricRanks];  // own tokens to each node, while they are counted
+};
+
+struct DeviceFabric {
+  int32_t num_nodes, node, max_local_ranks, num_in_sources;
+  uint64_t ring_bytes, chunk_bytes;
+  uint8_t* memory;  // the registered region
+  uint8_t* fifos;   // [fifo]: commands, then the tail
+  uint64_t fifo_stride, fifo_tail, fifo_capacity;
+  uint8_t* completions;  // [channel] line: puts whose local bytes may be reused
+  int32_t node_of[kMaxFabricRanks];
+  int32_t local_rank_of[kMaxFabricRanks];
+  int32_t remote_nodes[kMaxFabricRanks];           // ascending
+  int32_t in_sources[kMaxFabricRanks];             // ascending
+  int32_t source_index[kMaxFabricRanks];           // [rank] place among the in_sources; -1: none
+  uint8_t rail[kMaxFabricRanks][kMaxFabricRanks];  // [source][node]
+  SendEnd dispatch_send[kMaxFabricRanks];          // [node]
+  RecvEnd combine_recv[kMaxFabricRanks];           // [node]
+  RecvEnd dispatch_recv[kMaxFabricRanks];          // [source]
+  SendEnd combine_send[kMaxFabricRanks];           // [source]
+  uint64_t exchange_remote[2][kMaxFabricRanks];    // [generation][node]: own row at the rail there
+  uint64_t exchange_in[2][kMaxFabricRanks];        // [generation][source]
+  uint64_t exchange_out[2];
+  uint64_t exchange_count[kMaxFabricRanks];    // [source] offset of the own word: rows that arrived
+  uint32_t exchange_channel[kMaxFabricRanks];  // [node]
+  FabricState state;
+};
+
+}  // namespace commlib

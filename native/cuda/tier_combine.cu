@@ -1,0 +1,48 @@
+// Combine among several nodes: the roles of combine.cu, and blocks that serve the network first.
+// Reduce waits for nobody, receive for other nodes' forward_reduce, which waits for reduce.
+#include "cuda/settle.cuh"
+#include "cuda/tier_combine.cuh"
+
+namespace commlib::cuda {
+namespace {
+
+template <typename T>
+__device__ void combine(const Mesh& mesh, const ExchangeCall& exchange, const CombineCall& call,
+                        const TierCall& tier) {
+  extern __shared__ __align__(128) uint8_t memory[];
+  if (!settle(mesh, exchange, reinterpret_cast<uint32_t*>(memory))) return fill_nan<T>(mesh, call);
+  fence_async_shared();  // what settle() left in shared memory, before bulk copies overwrite it
+  __syncthreads();
+  WarpMemory own = carve_sums(call.piece_bytes, memory);
+  if (blockIdx.x < tier.out_blocks)
+    forward_reduce<T>(mesh, call, tier, exchange.tables.rank_counts, own, blockIdx.x);
+  else if (blockIdx.x < tier.out_blocks + tier.in_blocks)
+    receive(mesh, tier, own, blockIdx.x - tier.out_blocks);
+  if (uint32_t(warp_id()) >= call.final_warps) {
+    if (call.weights != nullptr)
+      reduce<Summer<T, true>>(mesh, call, own);
+    else
+      reduce<Summer<T, false>>(mesh, call, own);
+  }
+  tier_final_reduce<T>(mesh, call, tier, own, carve_aside<T>(memory));
+}
+
+}  // namespace
+
+extern "C" __global__ void __launch_bounds__(384, 1)
+    tier_combine_bf16(const __grid_constant__ Mesh mesh,
+                      const __grid_constant__ ExchangeCall exchange,
+                      const __grid_constant__ CombineCall call,
+                      const __grid_constant__ TierCall tier) {
+  combine<uint16_t>(mesh, exchange, call, tier);
+}
+
+extern "C" __global__ void __launch_bounds__(384, 1)
+    tier_combine_f32(const __grid_constant__ Mesh mesh,
+                     const __grid_constant__ ExchangeCall exchange,
+                     const __grid_constant__ CombineCall call,
+                     const __grid_constant__ TierCall tier) {
+  combine<float>(mesh, exchange, call, tier);
+}
+
+}  // namespace commlib::cuda

@@ -1,0 +1,299 @@
+// Combine between nodes: a node's partial rows of a token become one row that goes home
+// (forward_reduce), rows that come home are taken in (receive), and the source adds up its own
+// node's partial rows and one row per other node (tier_final_reduce).
+#pragma once
+
+#include "cuda/final_reduce.cuh"
+#include "cuda/reduce.cuh"
+
+namespace commlib::cuda {
+
+// One token of another node: waits for the partial rows of this node's ranks, adds them, ranks
+// ascending. `first_partial`: of lane's rank, where the source's partial rows from there start.
+template <typename Sum>
+__device__ bool forward_sum(const Mesh& mesh, const CombineCall& call, const uint32_t* record,
+                            WarpMemory& own, Sum& sum, int source, uint64_t first_partial,
+                            uint8_t* slot) {
+  const int lane = lane_id();
+  const uint32_t words = 4 + 3 * uint32_t(mesh.num_topk);
+  int rank = -1;
+  uint32_t number = 0;
+  if (lane < mesh.num_topk) {
+    const int expert = int(record[4 + 3 * lane]);
+    number = record[words + uint32_t(lane)];
+    rank = expert < 0 ? -1 : expert / mesh.experts_per_rank;
+    if (rank >= 0 && mesh.base[rank] == nullptr) rank = -1;
+  }
+  const uint32_t same = __match_any_sync(0xffffffffu, rank >= 0 ? rank : -1 - lane);
+  const bool is_first = rank >= 0 && __ffs(int(same)) - 1 == lane;
+  bool has_come = true;
+  if (is_first) {
+    const uint32_t* flag = at<uint32_t>(mesh, mesh.rank, mesh.partial_arrived) +
+                           partial_flag(mesh, source, rank) + number;
+    has_come = wait_arrived(mesh, flag, mesh.workspace->plan.epoch, kForwardReduce, rank);
+  }
+  if (!__all_sync(0xffffffffu, has_come)) return false;
+  fence_async_global();  // what the acquire made visible, before the bulk loads
+  __syncwarp();
+  const uint64_t partial = __shfl_sync(0xffffffffu, first_partial, rank >= 0 ? rank : 0) +
+                           uint64_t(number) * call.slot_bytes;
+  if (call.weight_grads != nullptr && lane < mesh.num_topk) {
+    const float* grads = reinterpret_cast<const float*>(partial + call.row_bytes);
+    reinterpret_cast<float*>(slot + call.row_bytes)[lane] = rank >= 0 ? grads[lane] : 0.0f;
+  }
+  int from = 0;
+  const int count = order_lanes(is_first ? rank : kNothing, &from);
+  sum_rows(0, call.row_bytes, own, sum, slot, __shfl_sync(0xffffffffu, partial, from), 1.0f, count);
+  return true;
+}
+
+// Role of block `number` of tier.out_blocks.
+template <typename T>
+__device__ void forward_reduce(const Mesh& mesh, const CombineCall& call, const TierCall& tier,
+                               const uint32_t* rank_counts, WarpMemory& own, uint32_t number) {
+  DeviceFabric& fabric = *mesh.fabric;
+  const Plan& plan = mesh.workspace->plan;
+  const BlockRings rings{number, tier.out_blocks, uint32_t(fabric.num_in_sources)};
+  const Outgoing side{mesh,
+                      fabric.combine_send,
+                      fabric.state.combine_sent,
+                      tier.node_counts + fabric.node,
+                      uint32_t(fabric.num_nodes),
+                      fabric.in_sources,
+                      1 + int(number),
+                      tier.slot_bytes,
+                      true};
+  Summer<T, false> sum(own.is_last, own.weights);
+  int last_source = -1;
+  uint64_t first_partial = 0;
+  serve_rings(
+      mesh, side, rings,
+      [&](int ring, uint32_t slot) {
+        const int source = fabric.in_sources[ring];
+        if (source != last_source) {
+          last_source = source;
+          first_partial = reinterpret_cast<uint64_t>(plan.forward_in[source]);
+          for (int rank = 0; rank < min(lane_id(), mesh.num_ranks); ++rank)
+            if (mesh.base[rank] != nullptr)
+              first_partial += align_heap(rank_counts[source * mesh.num_ranks + rank] *
+                                          uint64_t(call.slot_bytes));
+        }
+        const uint64_t index = uint64_t(ring) * mesh.max_tokens + slot;
+        const uint32_t* record = reinterpret_cast<const uint32_t*>(tier.forward_records) +
+                                 index * (4 + 4 * uint64_t(mesh.num_topk));
+        return forward_sum(mesh, call, record, own, sum, source, first_partial,
+                           side.slot(uint32_t(ring), slot));
+      },
+      [&] { own.pipe.drain(sum); });
+}
+
+// Role of block `number` of tier.in_blocks.
+__device__ inline void receive(const Mesh& mesh, const TierCall& tier, WarpMemory& own,
+                               uint32_t number) {
+  DeviceFabric& fabric = *mesh.fabric;
+  const Plan& plan = mesh.workspace->plan;
+  const BlockRings rings{number, tier.in_blocks, uint32_t(fabric.num_nodes - 1)};
+  const Incoming side{mesh,
+                      fabric.combine_recv,
+                      fabric.state.combine_received,
+                      tier.node_counts + mesh.rank * fabric.num_nodes,
+                      1,
+                      fabric.remote_nodes,
+                      1 + int(tier.out_blocks + number),
+                      tier.slot_bytes,
+                      kHomecoming,
+                      false};
+  const Flags flags{mesh.home_arrived, 0};  // places are [node][slot]
+  NoTransform as_it_is;
+  serve_rings(
+      mesh, side, rings,
+      [&](int ring, uint32_t slot) {
+        const int node = fabric.remote_nodes[ring];
+        const uint8_t* from = side.slot(uint32_t(ring), slot);
+        uint8_t* to = plan.home_in[node] + uint64_t(slot) * tier.slot_bytes;
+        fence_async_global();  // what thread 0 has acquired, before the bulk loads
+        __syncwarp();
+        for (uint32_t begin = 0; begin < tier.slot_bytes; begin += own.pipe.piece_bytes) {
+          own.pipe.make_room(as_it_is);
+          own.pipe.put(from + begin, min(own.pipe.piece_bytes, tier.slot_bytes - begin),
+                       lane_id() == 0 ? reinterpret_cast<uint64_t>(to + begin) : 0);
+        }
+        own.announcer.add(
+            Tellers::place(mesh.rank, int(uint32_t(node) * uint32_t(mesh.max_tokens) + slot)),
+            own.pipe.loaded);
+        own.announcer.tell(mesh, flags, plan.epoch, own.pipe);
+        return true;
+      },
+      [&] {
+        own.pipe.drain(as_it_is);
+        own.announcer.tell_all(mesh, flags, plan.epoch);
+      });
+}
+
+// Adds pieces like Summer, but the own node's partial rows first among themselves: the sum so far
+// is put aside meanwhile.
+constexpr uint32_t kEnd = 1, kPutAside = 2, kTakeBack = 4;  // bits of WarpMemory::is_last
+
+template <typename T>
+struct GroupSummer {
+  Summer<T, false> sum;
+  float* aside;  // as many columns as a piece has
+
+  __device__ uint32_t operator()(uint8_t* piece, uint32_t bytes, int stage) {
+    const uint32_t marks = sum.is_last[stage];
+    if ((marks & (kPutAside | kTakeBack)) == 0) return sum(piece, bytes, stage);
+    const uint32_t end = marks & kEnd;
+    if ((marks & kPutAside) != 0) {
+      each([](float& now, float& kept) { kept = now; });
+      sum.clear();
+    }
+    const uint4* own = reinterpret_cast<const uint4*>(piece + lane_id() * 16);
+    const int num_vectors = int((bytes - min(bytes, uint32_t(lane_id() * 16)) + 511) / 512);
+    sum.template add<false>(own, 1.0f, num_vectors);
+    if ((marks & kTakeBack) != 0) each([](float& now, float& kept) { now = __fadd_rn(kept, now); });
+    if (end != 0) {
+      sum.template put<false>(reinterpret_cast<uint4*>(piece + lane_id() * 16), num_vectors);
+      sum.clear();
+      fence_async_shared();  // the sum before the bulk store that reads it
+    }
+    __syncwarp();
+    return bytes;
+  }
+
+  template <typename Act>
+  __device__ void each(Act act) {
+    constexpr int kColumns = Vector<T>::kColumns;
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v)
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c)
+        act(sum.acc[v][c], aside[(v * kColumns + c) * 32 + lane_id()]);
+  }
+};
+
+// Behind what carve_sums hands out. commlib/cuda/launch.py computes the total.
+template <typename T>
+__device__ float* carve_aside(uint8_t* memory) {
+  constexpr uint32_t kBytes = kVectors * Vector<T>::kColumns * 32 * 4;
+  const uint32_t warps = blockDim.x / 32;
+  uint32_t given;
+  asm("mov.u32 %0, %dynamic_smem_size;" : "=r"(given));
+  return reinterpret_cast<float*>(memory + given - (warps - uint32_t(warp_id())) * kBytes);
+}
+
+// Like sum_rows; lane i also holds the marks of term i.
+template <typename Sum>
+__device__ void sum_groups(uint32_t end, WarpMemory& own, Sum& sum, uint8_t* to, uint64_t term,
+                           uint32_t mark, int num_terms) {
+  const uint32_t piece_bytes = own.pipe.piece_bytes;
+  for (uint32_t begin = 0; begin < end; begin += piece_bytes) {
+    const uint32_t bytes = min(piece_bytes, end - begin);
+    for (int i = 0; i < num_terms; ++i) {
+      const uint8_t* from = reinterpret_cast<const uint8_t*>(__shfl_sync(0xffffffffu, term, i));
+      const uint32_t marks = __shfl_sync(0xffffffffu, mark, i) | (i == num_terms - 1 ? kEnd : 0);
+      own.pipe.make_room(sum);
+      if (lane_id() == 0) own.is_last[own.pipe.loaded % kStages] = marks;
+      const bool is_target = i == num_terms - 1 && lane_id() == 0;
+      own.pipe.put(from + begin, bytes, is_target ? reinterpret_cast<uint64_t>(to + begin) : 0);
+    }
+  }
+}
+
+// Where the part of a sum that holds lane's slot lies, and the flag that tells of it.
+struct Part {
+  const uint8_t* row;
+  const float* grads;
+  const uint32_t* flag;  // nullptr: it is there
+  int node;
+  int key;  // parts are added in this order; equal keys: the same part
+  int peer;
+};
+
+__device__ inline Part part_of(const Mesh& mesh, const CombineCall& call, const TierCall& tier,
+                               uint32_t token, const Route& route) {
+  Part part{nullptr, nullptr, nullptr, -1, -1, -1};
+  if (route.rank < 0) return part;
+  const DeviceFabric& fabric = *mesh.fabric;
+  const Plan& plan = mesh.workspace->plan;
+  const int node = fabric.node_of[route.rank];
+  part.node = node;
+  part.key = node * 2 * kMaxRanks;
+  if (node != fabric.node) {
+    const uint32_t slot = tier.token_slots[uint64_t(token) * uint32_t(fabric.num_nodes) + node];
+    part.row = plan.home_in[node] + uint64_t(slot) * call.slot_bytes;
+    part.flag =
+        at<uint32_t>(mesh, mesh.rank, mesh.home_arrived) + uint64_t(node) * mesh.max_tokens + slot;
+    part.peer = fabric.rail[mesh.rank][node];
+  } else {
+    part.key += route.rank;
+    part.peer = route.rank;
+    if (is_own_row_partial(call) && route.rank == mesh.rank) {
+      part.row = call.y + uint64_t(route.row) * call.row_bytes;
+      if (call.weight_grads != nullptr)
+        part.grads = call.weight_grads + uint64_t(route.row) * uint64_t(mesh.num_topk);
+      return part;
+    }
+    part.row = plan.peer[route.rank].partial_in + uint64_t(route.record) * call.slot_bytes;
+    part.flag = at<uint32_t>(mesh, mesh.rank, mesh.partial_arrived) +
+                partial_flag(mesh, mesh.rank, route.rank) + uint32_t(route.record);
+  }
+  part.grads = reinterpret_cast<const float*>(part.row + call.row_bytes);
+  return part;
+}
+
+// The own node's rows are added among themselves before they meet the sum of the nodes below. If
+// that is one row, or none, they can simply come first.
+__device__ inline uint32_t mark_group(const Mesh& mesh, bool is_first, Part& part) {
+  const int node = mesh.fabric->node;
+  const bool is_member = is_first && part.node == node;
+  const uint32_t below = __ballot_sync(0xffffffffu, is_first && part.node < node);
+  const uint32_t group = __ballot_sync(0xffffffffu, is_member);
+  if (__popc(group) < 2 || below == 0) return 0;
+  if (__popc(below) == 1) {
+    if (is_member) part.key -= (node + 1) * 2 * kMaxRanks;
+    return 0;
+  }
+  const int least = __reduce_min_sync(0xffffffffu, is_member ? part.key : kNothing);
+  const int most = __reduce_max_sync(0xffffffffu, is_member ? part.key : -1);
+  if (!is_member) return 0;
+  return (part.key == least ? kPutAside : 0) | (part.key == most ? kTakeBack : 0);
+}
+
+// Role: the own tokens, each as soon as its parts are here; nodes, on the own one ranks, ascending.
+template <typename T>
+__device__ void tier_final_reduce(const Mesh& mesh, const CombineCall& call, const TierCall& tier,
+                                  WarpMemory& own, float* aside) {
+  const int lane = lane_id();
+  const uint32_t epoch = mesh.workspace->plan.epoch;
+  GroupSummer<T> sum{Summer<T, false>(own.is_last, own.weights), aside};
+  Tickets tickets(&mesh.workspace->next_final);
+  uint32_t token = tickets.take();
+  while (token < call.num_tokens) {
+    const uint32_t next_token = tickets.take();
+    Part part = part_of(mesh, call, tier, token, load_route(mesh, call, token));
+    const uint32_t same = __match_any_sync(0xffffffffu, part.row != nullptr ? part.key : -1 - lane);
+    const bool is_first = part.row != nullptr && __ffs(int(same)) - 1 == lane;
+    bool has_come = true;
+    if (is_first && part.flag != nullptr)
+      has_come = wait_arrived(mesh, part.flag, epoch, kFinalReduce, part.peer);
+    if (!__all_sync(0xffffffffu, has_come)) break;
+    fence_async_global();  // what the acquire made visible, before the bulk loads
+    __syncwarp();
+    if (call.out_weight_grads != nullptr && lane < mesh.num_topk)
+      call.out_weight_grads[uint64_t(token) * mesh.num_topk + lane] =
+          part.grads == nullptr ? 0.0f : part.grads[lane];
+    const uint32_t marks = mark_group(mesh, is_first, part);
+    int from = 0;
+    const int count = order_lanes(is_first ? part.key : kNothing, &from);
+    const uint64_t term = __shfl_sync(0xffffffffu, reinterpret_cast<uint64_t>(part.row), from);
+    const uint32_t mark = __shfl_sync(0xffffffffu, marks, from);
+    uint8_t* out = call.out + uint64_t(token) * call.row_bytes;
+    for (uint32_t i = lane * 16; count == 0 && i < call.row_bytes; i += 512)
+      *reinterpret_cast<uint4*>(out + i) = make_uint4(0, 0, 0, 0);
+    sum_groups(call.row_bytes, own, sum, out, term, mark, count);
+    token = next_token;
+  }
+  own.pipe.drain(sum);
+}
+
+}  // namespace commlib::cuda

@@ -1,0 +1,83 @@
+// What every executor stands on: memory, fault board, proxy and transport of one rank. The CPU
+// executor is an Engine around it; a GPU executor uses it by itself.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "channel/device_fabric.hpp"
+#include "proxy/proxy.hpp"
+
+namespace commlib {
+
+struct FabricConfig {
+  int rank = 0;
+  std::vector<int> node_of_rank;
+  int num_experts = 0;
+  int num_fifos = 1;
+  size_t exchange_row_bytes = 0;
+  size_t ring_bytes = 512 << 10;
+  size_t largest_put = 64 << 10;  // a chunk, or a row if that is larger
+  size_t arena_bytes = 4096;
+  size_t max_arena_bytes = 4096;
+  double heartbeat_timeout_s = 10;
+  uint64_t config_digest = 0;  // ranks that disagree are told so in connect()
+  std::string transport = "ucx";
+  TransportOptions transport_options;  // local_rank and node are filled in here
+  // Test hook: makes the transport in place of the provider named above.
+  std::function<std::unique_ptr<Transport>(PutListener*, int rank)> make_transport;
+};
+
+// Where a device sees the memory of a Fabric.
+struct FabricView {
+  uint64_t memory = 0;
+  uint64_t fifos = 0;
+  uint64_t completions = 0;
+};
+
+class Fabric {
+ public:
+  explicit Fabric(const FabricConfig& config);
+  ~Fabric();
+
+  // Opaque; every rank gives it to every rank.
+  std::vector<uint8_t> address() const;
+  // Maps the peers and connects the transport. Once; then start() the proxy.
+  void connect(const std::vector<std::vector<uint8_t>>& addresses);
+  bool is_connected() const { return is_connected_; }
+  void start() { proxy_->start(); }
+  // Stops the proxy and unmaps the peers. Not clean: peers learn that this rank has gone. Nothing
+  // may push commands any more. Idempotent; nothing in a forked child, where there is no thread.
+  void stop(bool is_clean);
+
+  Mesh& mesh() { return *mesh_; }
+  const Mesh& mesh() const { return *mesh_; }
+  Proxy& proxy() { return *proxy_; }
+  const Proxy& proxy() const { return *proxy_; }
+  FaultBoard& board() { return board_; }
+  const FaultBoard& board() const { return board_; }
+  // Has all peers told, unless they know of another fault: that this rank leaves without them, that
+  // the process of `peer` has ended.
+  void raise_left();
+  void raise_lost(int peer);
+  std::string describe_transport() const;
+
+  // For kernels; throws ConfigException if there are more ranks than they serve.
+  DeviceFabric device_view(const FabricView& view, size_t chunk_bytes) const;
+
+ private:
+  bool is_foreign() const;  // this process is a fork of the one that built it
+
+  FabricConfig config_;
+  int64_t pid_;
+  FaultBoard board_;
+  std::unique_ptr<Mesh> mesh_;
+  std::unique_ptr<Proxy> proxy_;
+  std::string transport_text_;
+  bool is_connected_ = false;
+  bool is_stopped_ = false;
+};
+
+}  // namespace commlib

@@ -1,0 +1,227 @@
+// A Fabric without an executor: what kernels do with its DeviceFabric, done by threads.
+#include "proxy/fabric.hpp"
+
+#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
+#include <doctest/doctest.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstring>
+#include <thread>
+
+#include "tests/wait_until.hpp"
+#include "transport/providers.hpp"
+
+using namespace commlib;
+using namespace commlib::testing;
+
+namespace {
+
+constexpr size_t kRowBytes = 256, kRingBytes = 16384, kChunkBytes = 2048;
+constexpr int kFifos = 3;
+
+FabricConfig config_of(int rank, const std::vector<int>& nodes) {
+  FabricConfig config;
+  config.rank = rank;
+  config.node_of_rank = nodes;
+  config.num_experts = int(nodes.size());
+  config.num_fifos = kFifos;
+  config.exchange_row_bytes = kRowBytes;
+  config.ring_bytes = kRingBytes;
+  config.heartbeat_timeout_s = 60;
+  config.make_transport = [](PutListener* listener, int own) {
+    return make_loopback(listener, own);
+  };
+  return config;
+}
+
+class Fabrics {
+ public:
+  explicit Fabrics(const std::vector<int>& nodes) {
+    std::vector<std::vector<uint8_t>> addresses;
+    for (int rank = 0; rank < int(nodes.size()); ++rank) {
+      fabrics_.push_back(std::make_unique<Fabric>(config_of(rank, nodes)));
+      addresses.push_back(fabrics_.back()->address());
+    }
+    for (auto& fabric : fabrics_) fabric->connect(addresses);
+    for (auto& fabric : fabrics_) {
+      fabric->proxy().set_eager();
+      fabric->start();
+    }
+  }
+  ~Fabrics() {
+    std::vector<std::thread> threads;
+    for (auto& fabric : fabrics_) threads.emplace_back([&fabric] { fabric->stop(true); });
+    for (auto& thread : threads) thread.join();
+  }
+  Fabric& operator[](int rank) { return *fabrics_[size_t(rank)]; }
+  DeviceFabric view(int rank) {
+    Fabric& fabric = (*this)[rank];
+    return fabric.device_view(
+        {address(fabric.mesh().memory()), address(fabric.proxy().fifo_memory()),
+         address(fabric.proxy().completions())},
+        kChunkBytes);
+  }
+
+ private:
+  static uint64_t address(const RegisteredMemory& memory) {
+    return reinterpret_cast<uint64_t>(memory.base());
+  }
+  std::vector<std::unique_ptr<Fabric>> fabrics_;
+};
+
+FifoProducer producer_of(DeviceFabric& view, int fifo) {
+  uint8_t* base = view.fifos + uint64_t(fifo) * view.fifo_stride;
+  return {{reinterpret_cast<Command*>(base), reinterpret_cast<uint64_t*>(base + view.fifo_tail),
+           view.fifo_capacity}};
+}
+
+uint64_t word(const DeviceFabric& view, uint64_t offset) {
+  return load_acquire(reinterpret_cast<const uint64_t*>(view.memory + offset));
+}
+
+uint64_t completed(const DeviceFabric& view, uint32_t channel) {
+  return load_acquire(reinterpret_cast<const uint64_t*>(view.completions + kLine * channel));
+}
+
+uint8_t pattern(int from, int to, uint64_t chunk, int kind) {
+  return uint8_t(from * 61 + to * 29 + int(chunk) * 7 + kind * 113);
+}
+
+struct Lane {  // one ring, both ends
+  int from, to;
+  DeviceFabric *sender, *receiver;
+  SendEnd send;
+  RecvEnd recv;
+  int kind;
+};
+
+}  // namespace
+
+TEST_CASE("rings, counts, credits and completions lie where the device view says") {
+  for (const std::vector<int>& nodes :
+       {std::vector<int>{0, 0, 1, 1}, {0, 0, 1}, {0, 1, 2, 2, 2, 3}}) {
+    Fabrics fabrics(nodes);
+    const int ranks = int(nodes.size());
+    std::vector<DeviceFabric> views;
+    for (int rank = 0; rank < ranks; ++rank) views.push_back(fabrics.view(rank));
+    std::vector<Lane> lanes;
+    for (int rank = 0; rank < ranks; ++rank) {
+      DeviceFabric& own = views[size_t(rank)];
+      REQUIRE(own.num_in_sources == int(fabrics[rank].mesh().group().in_sources(rank).size()));
+      for (int i = 0; i < own.num_nodes - 1; ++i) {
+        const int node = own.remote_nodes[i], rail = own.rail[rank][node];
+        REQUIRE(own.node_of[rail] == node);
+        DeviceFabric& there = views[size_t(rail)];
+        REQUIRE(there.source_index[rank] >= 0);
+        REQUIRE(there.in_sources[there.source_index[rank]] == rank);
+        lanes.push_back(
+            {rank, rail, &own, &there, own.dispatch_send[node], there.dispatch_recv[rank], 0});
+        lanes.push_back(
+            {rail, rank, &there, &own, there.combine_send[rank], own.combine_recv[node], 1});
+      }
+    }
+    const RingGeometry ring = make_ring(kRingBytes, kChunkBytes, 512, 64);
+    REQUIRE(ring.slots_per_chunk == 4);
+    std::vector<std::vector<FifoProducer>> fifos;
+    for (DeviceFabric& view : views) {
+      REQUIRE(view.ring_bytes == kRingBytes);
+      REQUIRE(view.chunk_bytes == kChunkBytes);
+      fifos.emplace_back();
+      for (int i = 0; i < kFifos; ++i) fifos.back().push_back(producer_of(view, i));
+    }
+    // Twice around every ring.
+    for (uint64_t chunk = 0; chunk < 2 * ring.num_chunks; ++chunk) {
+      for (const Lane& lane : lanes) {
+        const uint64_t offset = ring.chunk_offset(chunk);
+        std::memset(lane.sender->memory + lane.send.local_offset + offset,
+                    pattern(lane.from, lane.to, chunk, lane.kind), ring.chunk_bytes());
+        REQUIRE(fifos[size_t(lane.from)][1].push(
+            encode({CommandKind::kPut, lane.send.channel, 1, uint32_t(ring.chunk_bytes()),
+                    lane.send.local_offset + offset, lane.send.remote_offset + offset})));
+      }
+      for (const Lane& lane : lanes) {
+        REQUIRE(wait_until([&] { return word(*lane.receiver, lane.recv.count) == chunk + 1; }));
+        const uint8_t* at =
+            lane.receiver->memory + lane.recv.local_offset + ring.chunk_offset(chunk);
+        const uint8_t want = pattern(lane.from, lane.to, chunk, lane.kind);
+        REQUIRE(std::all_of(at, at + ring.chunk_bytes(), [&](uint8_t b) { return b == want; }));
+        REQUIRE(fifos[size_t(lane.to)][2].push(
+            encode({CommandKind::kSignal, lane.recv.credit_channel, 1, 0, 0, 0})));
+      }
+      for (const Lane& lane : lanes) {
+        REQUIRE(wait_until([&] {
+          return word(*lane.sender, lane.send.credit) == chunk + 1 &&
+                 completed(*lane.sender, lane.send.channel) == chunk + 1;
+        }));
+      }
+    }
+    // Exchange rows of two epochs.
+    for (uint64_t epoch : {1, 2}) {
+      for (int rank = 0; rank < ranks; ++rank) {
+        DeviceFabric& own = views[size_t(rank)];
+        const uint64_t out = own.exchange_out[epoch & 1];
+        std::memset(own.memory + out, pattern(rank, 0, epoch, 2), kRowBytes);
+        for (int i = 0; i < own.num_nodes - 1; ++i) {
+          const int node = own.remote_nodes[i];
+          REQUIRE(fifos[size_t(rank)][0].push(
+              encode({CommandKind::kPut, own.exchange_channel[node], 1, uint32_t(kRowBytes), out,
+                      own.exchange_remote[epoch & 1][node]})));
+        }
+      }
+      for (int rank = 0; rank < ranks; ++rank) {
+        DeviceFabric& own = views[size_t(rank)];
+        for (int i = 0; i < own.num_in_sources; ++i) {
+          const int source = own.in_sources[i];
+          REQUIRE(wait_until([&] { return word(own, own.exchange_count[source]) == epoch; }));
+          const uint8_t* at = own.memory + own.exchange_in[epoch & 1][source];
+          CHECK(at[0] == pattern(source, 0, epoch, 2));
+          CHECK(at[kRowBytes - 1] == at[0]);
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("a fault of one rank reaches all, also one that a kernel has found") {
+  Fabrics fabrics({0, 0, 1, 1});
+  FaultRecord fault;
+  fault.kind = FaultKind::kTimeout;
+  fault.rank = 3;
+  fault.peer = 2;
+  fault.set_phase("dispatch/forward");
+  fabrics[3].board().raise(fault);
+  for (int rank = 0; rank < 4; ++rank) {
+    REQUIRE(wait_until([&] { return fabrics[rank].board().raised(); }));
+    CHECK(fabrics[rank].board().record().rank == 3);
+    CHECK(fabrics[rank].board().record().peer == 2);
+  }
+  fabrics[0].raise_lost(1);  // comes too late
+  CHECK(fabrics[0].board().record().kind == FaultKind::kTimeout);
+}
+
+#if !defined(__SANITIZE_THREAD__)  // does not support forks of processes with threads
+TEST_CASE("a forked child leaves without touching what is the parent's") {
+  auto fabrics = std::make_unique<Fabrics>(std::vector<int>{0, 1});
+  const pid_t child = fork();
+  REQUIRE(child >= 0);
+  if (child == 0) {
+    alarm(20);
+    fabrics.reset();
+    _exit(0);
+  }
+  int status = -1;
+  REQUIRE(waitpid(child, &status, 0) == child);
+  CHECK(status == 0);
+  CHECK_FALSE((*fabrics)[0].board().raised());
+}
+#endif
+
+TEST_CASE("a device view serves as many ranks as a warp has lanes") {
+  std::vector<int> nodes;
+  for (int rank = 0; rank < kMaxFabricRanks + 1; ++rank) nodes.push_back(rank / 8);
+  Fabric fabric(config_of(0, nodes));
+  CHECK_THROWS_WITH_AS(fabric.device_view({1, 2, 3}, kChunkBytes),
+                       "num_ranks=33 is above what a warp serves: 32", ConfigException);
+}

@@ -12,7 +12,7 @@ from torch import Tensor
 from commlib.errors import ConfigError
 from commlib.layout import SCALE_BLOCK, num_scales
 
-__all__ = ["E4M3_MAX", "MIN_AMAX", "dequantize", "quantize_e4m3"]
+__all__ = ["E4M3_MAX", "MIN_AMAX", "dequantize", "largest_magnitude", "next_power_of_two", "quantize_e4m3", "scales_of"]
 
 E4M3_MAX = 448.0
 # Keeps a block of zeros from dividing by zero.
@@ -23,7 +23,7 @@ _MANTISSA_BITS = 0x007FFFFF
 _ONE_EXPONENT = 0x00800000
 
 
-def _next_power_of_two(scales: Tensor) -> Tensor:
+def next_power_of_two(scales: Tensor) -> Tensor:
     """`2 ** ceil(log2(scales))` for positive normal FP32, exactly: log2f would err next to powers of two.
 
     Infinity has no mantissa bits and stays. Scales are no NaN, and none is large enough to be rounded up to infinity.
@@ -31,6 +31,18 @@ def _next_power_of_two(scales: Tensor) -> Tensor:
     bits = scales.view(torch.int32)
     rounded = (bits & _EXPONENT_BITS) + (bits & _MANTISSA_BITS).ne(0).int() * _ONE_EXPONENT
     return rounded.view(torch.float32)
+
+
+def largest_magnitude(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Of FP32 values over some dimensions, without NaNs, at least `MIN_AMAX`."""
+    return torch.where(torch.isnan(x), 0.0, x.abs()).amax(dim=dims).clamp_min(MIN_AMAX)
+
+
+def scales_of(amax: Tensor, largest: float, *, pow2: bool) -> Tensor:
+    """Scales that bring `amax` to the largest number of a format, or, as powers of two, at most there."""
+    # A tensor as divisor: torch may turn a division by a number into a multiplication by its rounded inverse.
+    scales = amax / torch.full_like(amax, largest)
+    return next_power_of_two(scales) if pow2 else scales
 
 
 def quantize_e4m3(x: Tensor, *, pow2: bool = False) -> tuple[Tensor, Tensor]:
@@ -55,12 +67,7 @@ def quantize_e4m3(x: Tensor, *, pow2: bool = False) -> tuple[Tensor, Tensor]:
         raise ConfigError(f"x is {x.dtype} {list(x.shape)}, the rule: bfloat16 or float32 [tokens, hidden]")
     num_tokens, hidden = x.shape
     blocks = x.float().reshape(num_tokens, num_scales(hidden), SCALE_BLOCK)
-    magnitude = torch.where(torch.isnan(blocks), 0.0, blocks.abs())
-    amax = magnitude.amax(dim=2).clamp_min(MIN_AMAX)
-    # A tensor as divisor: torch may turn a division by a number into a multiplication by its rounded inverse.
-    scales = amax / torch.full_like(amax, E4M3_MAX)
-    if pow2:
-        scales = _next_power_of_two(scales)
+    scales = scales_of(largest_magnitude(blocks, (2,)), E4M3_MAX, pow2=pow2)
     # At most 448 * (1 + 2^-23), where the scale was rounded down; that rounds to 448, so the cast needs no clamp.
     quotients = blocks / scales.unsqueeze(2)
     return quotients.reshape(num_tokens, hidden).to(torch.float8_e4m3fn), scales

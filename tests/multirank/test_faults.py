@@ -70,7 +70,7 @@ def shared_memory() -> set[str]:
 
 
 def reports(results: list[RankResult], case: str) -> list[dict[str, Any]]:
-    """What the ranks print()ed of a case."""
+    """What the ranks told of a case."""
     lines = [line for result in results for line in result.stdout.splitlines() if line.startswith("{")]
     return [each for each in map(json.loads, lines) if each["case"] == case]
 
@@ -111,7 +111,8 @@ def check_usable(runtime: commlib.Runtime) -> None:
 
 
 def report(case: str, source: int, /, **values: object) -> None:
-    print(json.dumps({"case": case, "from": source, "at": time.time(), **values}), flush=True)
+    line = json.dumps({"case": case, "from": source, "at": time.time(), **values})
+    os.write(1, f"{line}\n".encode())  # at once: UCX writes to the same pipe
 
 
 def report_error(case: str, rank: int, call: Callable[[], object]) -> None:
@@ -207,6 +208,7 @@ def living_rank(ports: list[int]) -> None:
     runtime = open_runtime(ports[2], rank, nodes)
     check_usable(runtime)
     if rank == 1:
+        time.sleep(0.5)  # the others have by then what they still need of this rank
         wake = f"sleep {2 * HEARTBEAT_S + SLACK_S}; kill -CONT {os.getpid()}"
         with subprocess.Popen(["sh", "-c", wake]):
             report("stop", rank)

@@ -1,4 +1,4 @@
-"""FP8 E4M3 with one FP32 scale per token and 128 columns (1x128), on the CPU.
+"""FP8 E4M3 with one FP32 scale per token and 128 columns (1x128).
 
 Formulas: DeepSeek-V3 technical report (arXiv 2412.19437), section 3.3.2 "fine-grained quantization", and
 `act_quant` of its published inference code, which adds the floor of 1e-4 under the maximum.

@@ -29,7 +29,7 @@ def quantize_e5m6(x: Tensor) -> tuple[Tensor, Tensor]:
     A NaN stays NaN and leaves its neighbours alone; an infinity makes its block NaN (0 times an infinite scale).
 
     Error: at most `2^-7 |x| + 2^-21 s`: half a unit of 6 bits of mantissa, or of 2^-20 where they run out; `x / s` is
-    exact.
+    exact, or far below the smallest number.
 
     Args:
         x: BF16 or FP32 [T, H], H a multiple of 128.

@@ -9,9 +9,11 @@ A rank is ``python -m commlib.testing.spawn --rank-main target args``. Whatever 
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import json
 import os
+import random
 import runpy
 import secrets
 import shutil
@@ -139,10 +141,21 @@ def check_ranks(
 
 
 def free_port() -> int:
-    """A TCP port of loopback that nobody listens on at the moment."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """A TCP port of loopback that nobody listens on at the moment.
+
+    From below the range that the system hands out by itself: otherwise any connection made before the caller listens
+    may get the same one.
+    """
+    while True:
+        port = random.randrange(10000, 32000)
+        with socket.socket() as listener:
+            try:
+                listener.bind(("127.0.0.1", port))
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+                continue
+            return port
 
 
 def _rank_environ(ranks_per_node: int | None, launcher: Launcher, num_ranks: int) -> dict[str, str]:

@@ -16,7 +16,7 @@ ranks have to issue their operations in one order, and sizes are known only afte
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from commlib import routing
 from commlib.handle import Dispatched, Handle
 from commlib.layout import Layout
-from commlib.quant import dequantize
+from commlib.quant import Fp8Rows, dequantize
 from commlib.routing import GateConfig, GateOutput
 from commlib.runtime import Runtime
 
@@ -35,8 +35,9 @@ __all__ = ["LinkedHandle", "combine", "dispatch", "gate", "save_communication"]
 class LinkedHandle(Handle):
     """A handle whose combine's backward leads to the backward of its dispatch, even if no row connects the two."""
 
-    def __init__(self, handle: Handle, ticket: torch.Tensor, link: torch.Tensor) -> None:
+    def __init__(self, handle: Handle, ticket: torch.Tensor, link: torch.Tensor, keeps_fp8: bool) -> None:
         super().__init__(handle._native, handle.layout, handle._runtime_id)
+        self._keeps_fp8 = keeps_fp8
         # The graph behind `link` holds a plain Handle, never this object: no reference cycle, nothing leaks.
         self._ticket = ticket
         self._link = link
@@ -73,14 +74,17 @@ def dispatch(
     layout: Layout | str = Layout.GROUPED,
     expert_alignment: int | None = None,
     fp8: str | None = None,
+    keep_fp8: bool = False,
     capacity: int | None = None,
 ) -> Dispatched:
     """`Runtime.dispatch` with gradients for `x` and `topk_weights`.
 
     Args:
-        x: [num_tokens, hidden] FP32 or BF16.
+        x: [num_tokens, hidden] FP32 or BF16, or `quant.Fp8Rows`, which travel as they are (`fp8` is None then).
         topk_idx, topk_weights, layout, expert_alignment, capacity: see `Runtime.dispatch`.
         fp8: rows travel as E4M3 with 1x128 scales and are dequantised on arrival; the gradient passes straight through.
+        keep_fp8: rows that travel so are not dequantised on arrival: `x` is `quant.Fp8Rows`, the memory that dispatch
+            has filled, and so are the gradient rows of `combine` with `grad_fp8`.
 
     Returns:
         Dispatched, its `x` in the dtype of the input (`scales` is None), its handle for `combine` of this module. The
@@ -89,7 +93,7 @@ def dispatch(
     Raises:
         Like `Runtime.dispatch`, in forward and in backward.
     """
-    call = (runtime, str(layout), expert_alignment, fp8, capacity)
+    call = DispatchOptions(runtime, str(layout), expert_alignment, fp8, keep_fp8, capacity)
     if torch.compiler.is_compiling():
         from commlib.graph_breaks import dispatch_eagerly
 
@@ -143,12 +147,12 @@ def dispatch_linked(
     x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor | None, call: DispatchOptions
 ) -> Dispatched:
     """`dispatch`, never traced by a compiler."""
-    runtime, _, expert_alignment, fp8, capacity = call
+    runtime = call.runtime
     _check_tensors(runtime, x=x, topk_idx=topk_idx)
     _check_tensors(runtime, are_optional=True, topk_weights=topk_weights)
-    _check_integers(runtime, expert_alignment=expert_alignment, capacity=capacity)
-    if not isinstance(fp8, str | None):
-        runtime.refuse(f'fp8={fp8!r} is not None, "fp32" or "pow2"')
+    _check_integers(runtime, expert_alignment=call.expert_alignment, capacity=call.capacity)
+    if not isinstance(call.fp8, str | None):
+        runtime.refuse(f'fp8={call.fp8!r} is not None, "fp32" or "pow2"')
     anchor = torch.zeros((), requires_grad=torch.is_grad_enabled())
     rows, weights, received_idx, ticket, link = _Dispatch.apply(anchor, x, topk_weights, topk_idx, call)  # type: ignore[no-untyped-call]
     handle = _handle_of(ticket)
@@ -160,7 +164,7 @@ def dispatch_linked(
         topk_idx=None if is_grouped else received_idx,
         topk_weights=None if is_grouped else weights,
         num_tokens_per_expert=handle.num_tokens_per_expert,
-        handle=LinkedHandle(handle, ticket, link),
+        handle=LinkedHandle(handle, ticket, link, call.keep_fp8),
     )
 
 
@@ -172,7 +176,7 @@ def combine_linked(
         runtime.refuse(f"ops.combine needs the handle of ops.dispatch, not a {type(handle).__name__}")
     _check_tensors(runtime, y=y)
     _check_tensors(runtime, are_optional=True, weights=weights)
-    out: torch.Tensor = _Combine.apply(handle._link, y, weights, handle._ticket, (runtime, grad_fp8))  # type: ignore[no-untyped-call]
+    out: torch.Tensor = _Combine.apply(handle._link, y, weights, handle._ticket, (runtime, grad_fp8, handle._keeps_fp8))  # type: ignore[no-untyped-call]
     return out
 
 
@@ -193,7 +197,16 @@ def _check_integers(runtime: Runtime, **values: Any) -> None:
 
 # ---- what torch's dispatcher sees: policies of selective checkpointing name it
 
-DispatchOptions = tuple[Runtime, str, int | None, str | None, int | None]
+
+class DispatchOptions(NamedTuple):
+    """Arguments of `dispatch` that are no tensors."""
+
+    runtime: Runtime
+    layout: str
+    expert_alignment: int | None
+    fp8: str | None
+    keep_fp8: bool
+    capacity: int | None
 
 
 class _TicketMemory(np.ndarray[Any, Any]):
@@ -222,6 +235,7 @@ def _dispatch_op(
     x: torch.Tensor,
     topk_idx: torch.Tensor,
     topk_weights: torch.Tensor | None,
+    scales: torch.Tensor | None,
     runtime: int,
     layout: str,
     expert_alignment: int | None,
@@ -232,6 +246,7 @@ def _dispatch_op(
         x,
         topk_idx,
         topk_weights,
+        scales=scales,
         layout=layout,
         expert_alignment=expert_alignment,
         fp8=fp8,
@@ -240,7 +255,7 @@ def _dispatch_op(
     is_grouped = result.handle.layout is Layout.GROUPED
     return (
         result.x,
-        x.new_empty(0) if result.scales is None else result.scales,
+        x.new_empty(0, dtype=torch.float32) if result.scales is None else result.scales,
         result.row_weights if is_grouped else result.topk_weights,
         topk_idx.new_empty(0) if is_grouped else result.topk_idx,
         _ticket_of(result.handle),
@@ -254,8 +269,9 @@ def _combine_op(y: torch.Tensor, ticket: torch.Tensor, weights: torch.Tensor | N
 
 _library: Any = torch.library.Library("commlib", "DEF")  # type: ignore[no-untyped-call]
 _library.define(
-    "dispatch(Tensor x, Tensor topk_idx, Tensor? topk_weights, int runtime, str layout, int? expert_alignment, "
-    "str? fp8, int? capacity) -> (Tensor rows, Tensor scales, Tensor weights, Tensor received_idx, Tensor ticket)"
+    "dispatch(Tensor x, Tensor topk_idx, Tensor? topk_weights, Tensor? scales, int runtime, str layout, "
+    "int? expert_alignment, str? fp8, int? capacity) -> "
+    "(Tensor rows, Tensor scales, Tensor weights, Tensor received_idx, Tensor ticket)"
 )
 _library.define("combine(Tensor y, Tensor ticket, Tensor? weights, int runtime) -> Tensor")
 _library.impl("dispatch", _dispatch_op, "CompositeExplicitAutograd")
@@ -265,8 +281,23 @@ _library.impl("combine", _combine_op, "CompositeExplicitAutograd")
 # ---- autograd
 
 
-def dequantized(rows: torch.Tensor, scales: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    return rows if rows.dtype != torch.float8_e4m3fn or scales is None else dequantize(rows, scales, dtype)
+def arrived_rows(
+    rows: torch.Tensor, scales: torch.Tensor | None, dtype: torch.dtype, *, keep_fp8: bool
+) -> torch.Tensor:
+    """What a dispatch has delivered, as the tensor of `dtype` that autograd sees."""
+    if rows.dtype != torch.float8_e4m3fn or scales is None:
+        return rows
+    return Fp8Rows(rows, scales, dtype) if keep_fp8 else dequantize(rows, scales, dtype)
+
+
+def plain(rows: torch.Tensor) -> torch.Tensor:
+    """Rows with memory of their own, as a combine takes them."""
+    return rows.dequantize() if isinstance(rows, Fp8Rows) else rows
+
+
+def payload_of(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Rows and scales as a dispatch takes them."""
+    return (x.fp8, x.scales) if isinstance(x, Fp8Rows) else (x, None)
 
 
 class _Dispatch(torch.autograd.Function):
@@ -279,20 +310,22 @@ class _Dispatch(torch.autograd.Function):
         topk_idx: torch.Tensor,
         call: DispatchOptions,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        runtime, layout, expert_alignment, fp8, capacity = call
+        runtime, layout, expert_alignment, fp8, keep_fp8, capacity = call
         _runtimes[runtime._id] = runtime
+        values, x_scales = payload_of(x)
         rows, scales, weights, received_idx, ticket = torch.ops.commlib.dispatch(
-            x, topk_idx, topk_weights, runtime._id, layout, expert_alignment, fp8, capacity
+            values, topk_idx, topk_weights, x_scales, runtime._id, layout, expert_alignment, fp8, capacity
         )
         ctx.runtime, ctx.handle, ctx.has_weights = runtime, _handle_of(ticket), topk_weights is not None
         ctx.mark_non_differentiable(received_idx, ticket)
-        return dequantized(rows, scales, x.dtype), weights, received_idx, ticket, anchor.detach().clone()
+        arrived = arrived_rows(rows, scales, x.dtype, keep_fp8=keep_fp8)
+        return arrived, weights, received_idx, ticket, anchor.detach().clone()
 
     @staticmethod
     def backward(ctx: Any, grad_rows: torch.Tensor, grad_weights: torch.Tensor, *others: torch.Tensor) -> Any:
         # Asked for on all ranks alike, whether this rank needs the gradient or not.
         weight_grads = grad_weights if ctx.has_weights else None
-        combined = ctx.runtime.combine(grad_rows, ctx.handle, weight_grads=weight_grads)
+        combined = ctx.runtime.combine(plain(grad_rows), ctx.handle, weight_grads=weight_grads)
         return None, combined.x, combined.weight_grads, None, None
 
 
@@ -304,9 +337,9 @@ class _Combine(torch.autograd.Function):
         y: torch.Tensor,
         weights: torch.Tensor | None,
         ticket: torch.Tensor,
-        call: tuple[Runtime, str | None],
+        call: tuple[Runtime, str | None, bool],
     ) -> torch.Tensor:
-        ctx.runtime, ctx.grad_fp8 = call
+        ctx.runtime, ctx.grad_fp8, ctx.keeps_fp8 = call
         ctx.handle = _handle_of(ticket)
         # y is only needed for the gradient of the weights.
         ctx.has_weights = weights is not None
@@ -318,7 +351,8 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: torch.Tensor) -> Any:
         result = ctx.runtime.dispatch(grad_out, handle=ctx.handle, fp8=ctx.grad_fp8)
-        grad_rows = dequantized(result.x, result.scales, grad_out.dtype)
+        keep_fp8 = ctx.keeps_fp8 and not ctx.has_weights
+        grad_rows = arrived_rows(result.x, result.scales, grad_out.dtype, keep_fp8=keep_fp8)
         grad_link = torch.zeros(())
         if not ctx.has_weights:
             return grad_link, grad_rows, None, None, None

@@ -75,10 +75,12 @@ def framework_of(array: Any, name: str) -> Framework:
     """The framework of `array`.
 
     Raises:
-        ConfigError: neither a numpy array nor a torch tensor.
+        ConfigError: neither a numpy array nor a torch tensor, or a tensor that is made of others.
     """
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(array, torch.Tensor):
+        if hasattr(type(array), "__tensor_flatten__"):
+            raise ConfigError(f"{name} is a {type(array).__name__}, which has no memory of its own: give its parts")
         return Framework("torch")
     if isinstance(array, np.ndarray):
         return Framework("numpy")

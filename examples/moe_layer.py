@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import commlib
 from commlib import overlap, routing
+from commlib.experts import SwiGLUWeights, fp8_swiglu
 from commlib.handle import Dispatched
 
 
@@ -54,13 +55,17 @@ class SwiGLU(nn.Module):
 class RoutedExperts(nn.Module):
     """The experts that live on this rank: global numbers `first_expert .. first_expert + num_local - 1`.
 
-    Row e of each parameter is local expert e.
+    Row e of each parameter is local expert e. With `is_fp8` all matmuls and all that is kept for the backward pass are
+    in FP8; widths and alignment are multiples of 128 then.
     """
 
-    def __init__(self, hidden: int, width: int, first_expert: int, num_local: int, alignment: int = 1) -> None:
+    def __init__(
+        self, hidden: int, width: int, first_expert: int, num_local: int, alignment: int = 1, *, is_fp8: bool = False
+    ) -> None:
         super().__init__()
         self.first_expert = first_expert
         self.alignment = alignment
+        self.is_fp8 = is_fp8
         self.gate = nn.Parameter(torch.randn(num_local, width, hidden) * hidden**-0.5)
         self.up = nn.Parameter(torch.randn(num_local, width, hidden) * hidden**-0.5)
         self.down = nn.Parameter(torch.randn(num_local, hidden, width) * width**-0.5)
@@ -73,6 +78,8 @@ class RoutedExperts(nn.Module):
         """
         padded = [-(-count // self.alignment) * self.alignment for count in num_tokens_per_expert]
         ends = torch.tensor(padded, device=x.device).cumsum(0, dtype=torch.int32)
+        if self.is_fp8:
+            return fp8_swiglu(x, row_weights, SwiGLUWeights(self.gate, self.up, self.down), ends)
         hidden = F.silu(overlap.grouped_linear(x, self.gate, ends)) * overlap.grouped_linear(x, self.up, ends)
         return overlap.grouped_linear(hidden * row_weights[:, None].to(x.dtype), self.down, ends)
 
@@ -92,16 +99,24 @@ class MoELayer(nn.Module):
     bias: Tensor
 
     def __init__(
-        self, hidden: int, width: int, num_shared: int, gate: routing.GateConfig, runtime: commlib.Runtime
+        self,
+        hidden: int,
+        width: int,
+        num_shared: int,
+        gate: routing.GateConfig,
+        runtime: commlib.Runtime,
+        *,
+        is_fp8: bool = False,
     ) -> None:
         super().__init__()
         num_local = gate.num_experts // runtime.num_ranks
         self.gate_config = gate
-        self.exchange = overlap.Exchange(runtime=runtime)
+        cast = "pow2" if is_fp8 else None
+        self.exchange = overlap.Exchange(runtime=runtime, fp8=cast, grad_fp8=cast, keep_fp8=is_fp8)
         self.router = Linear(hidden, gate.num_experts)
         self.shared = SwiGLU(hidden, width * num_shared)
         alignment = runtime.config.expert_alignment
-        self.experts = RoutedExperts(hidden, width, runtime.rank * num_local, num_local, alignment)
+        self.experts = RoutedExperts(hidden, width, runtime.rank * num_local, num_local, alignment, is_fp8=is_fp8)
         self.register_buffer("bias", torch.zeros(gate.num_experts))
         self.load = torch.zeros(gate.num_experts, dtype=torch.int64)
 

@@ -22,7 +22,7 @@ L1 = {"topology", "routing", "layout", "quant", "payload", "traffic", "launch_pl
 L2 = {"bootstrap", "memory", "transport", "fabric"}
 NATIVE_MODULE = {"_native"}
 L5 = {"handle", "executor", "cpu_executor", "runtime", "pending", "faults", "trace"}
-L6 = {"ops", "graph_breaks", "overlap"}
+L6 = {"ops", "graph_breaks", "overlap", "experts"}
 
 # Module of commlib -> modules of commlib that it may import. Modules of one layer may import one another.
 PYTHON_TABLE: dict[str, set[str]] = {

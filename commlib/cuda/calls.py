@@ -71,6 +71,8 @@ def check_tensor(
     """
     if not isinstance(tensor, torch.Tensor):
         raise ConfigError(f"{name} is a {type(tensor).__name__}, not a torch tensor")
+    if hasattr(type(tensor), "__tensor_flatten__"):
+        raise ConfigError(f"{name} is a {type(tensor).__name__}, which has no memory of its own: give its parts")
     if tensor.device != device:
         raise ConfigError(f"{name} is on {tensor.device}, the Runtime on {device}")
     if tensor.dtype not in dtypes:

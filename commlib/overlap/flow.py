@@ -7,11 +7,12 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from commlib.handle import Dispatched, Handle
 from commlib.layout import Layout
-from commlib.ops import dequantized
+from commlib.ops import arrived_rows, payload_of, plain
 from commlib.overlap.layer import Layer, State
 from commlib.overlap.schedule import Direction, Half, Phase, Schedule, Step
 from commlib.overlap.segment import Segment
@@ -131,10 +132,12 @@ class Flow:
         assert passage.attention is not None
         how, (x, topk_weights, *kept) = passage.layer.exchange, passage.attention.take_outputs()
         passage.kept, passage.dtype = tuple(kept), x.dtype
+        values, scales = payload_of(x)
         passage.pending = how.runtime.dispatch_send(
-            x,
+            values,
             passage.topk_idx,
             topk_weights,
+            scales=scales,
             layout=how.layout,
             expert_alignment=how.expert_alignment,
             fp8=how.fp8,
@@ -156,7 +159,8 @@ class Flow:
                 return (passage.layer.mlp(received._replace(x=rows, scales=None, row_weights=weights)),)
             return (passage.layer.mlp(received._replace(x=rows, scales=None, topk_weights=weights)),)
 
-        rows = dequantized(received.x, received.scales, passage.dtype)
+        keep_fp8 = passage.layer.exchange.keep_fp8
+        rows = arrived_rows(received.x, received.scales, passage.dtype, keep_fp8=keep_fp8)
         weights = received.row_weights if is_grouped else received.topk_weights
         passage.rows = (_like(rows), _like(weights))
         passage.mlp = Segment((rows, weights), call)
@@ -185,9 +189,11 @@ class Flow:
         )
 
     def _combine_back_recv(self, passage: _Passage) -> None:
-        result = passage.layer.exchange.runtime.dispatch_recv(_taken(passage))
+        how = passage.layer.exchange
+        result = how.runtime.dispatch_recv(_taken(passage))
         assert passage.combined is not None
-        passage.grads = (dequantized(result.x, result.scales, passage.combined.dtype),)
+        dtype = passage.combined.dtype
+        passage.grads = (arrived_rows(result.x, result.scales, dtype, keep_fp8=how.keep_fp8),)
 
     def _mlp_back(self, passage: _Passage) -> None:
         assert passage.mlp is not None
@@ -199,7 +205,7 @@ class Flow:
         grad_rows, grad_weights = (_or_zeros(*each) for each in zip(passage.grads, passage.rows, strict=True))
         passage.grads = ()
         passage.pending = passage.layer.exchange.runtime.combine_send(
-            grad_rows, passage.handle, weight_grads=grad_weights
+            plain(grad_rows), passage.handle, weight_grads=grad_weights
         )
 
     def _dispatch_back_recv(self, passage: _Passage) -> None:
@@ -227,7 +233,7 @@ def _taken(passage: _Passage) -> Any:
 
 def _like(tensor: Tensor) -> Tensor:
     """Shape, dtype and device of `tensor` without its memory."""
-    return tensor.new_empty(1).expand(tensor.shape)
+    return torch.empty(1, dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
 
 
 def _or_zeros(grad: Tensor | None, like: Tensor) -> Tensor:

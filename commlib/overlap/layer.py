@@ -29,6 +29,7 @@ class Exchange:
     Attributes:
         runtime: of the ranks that share the experts.
         layout, expert_alignment, fp8, capacity: of the dispatch, see `Runtime.dispatch`.
+        keep_fp8: rows and gradient rows that travel as FP8 stay `quant.Fp8Rows`, see `ops.dispatch`.
         grad_fp8: of the gradients that combine's backward dispatches, see `ops.combine`.
     """
 
@@ -37,6 +38,7 @@ class Exchange:
     expert_alignment: int | None = None
     fp8: str | None = None
     grad_fp8: str | None = None
+    keep_fp8: bool = False
     capacity: int | None = None
 
 
@@ -89,6 +91,7 @@ def run_layer(layer: Layer, *state: Tensor) -> State:
         layout=how.layout,
         expert_alignment=how.expert_alignment,
         fp8=how.fp8,
+        keep_fp8=how.keep_fp8,
         capacity=how.capacity,
     )
     combined = ops.combine(how.runtime, layer.mlp(received), received.handle, grad_fp8=how.grad_fp8)

@@ -76,7 +76,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return F.linear(x, weight.to(x.dtype))
     out: Tensor
-    store = _store_for(weight)
+    store = store_for(weight)
     if store is None:
         out = _Linear.apply(x, weight)  # type: ignore[no-untyped-call]
     else:
@@ -98,7 +98,7 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return F.grouped_mm(x, weight.to(x.dtype).transpose(1, 2), offs=ends)
     out: Tensor
-    store = _store_for(weight)
+    store = store_for(weight)
     if store is None:
         out = _GroupedLinear.apply(x, weight, ends)  # type: ignore[no-untyped-call]
     else:
@@ -106,8 +106,10 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return out
 
 
-def _store_for(weight: Tensor) -> WeightGradStore | None:
-    return _current.get() if weight.requires_grad and torch.is_grad_enabled() else None
+def store_for(*weights: Tensor) -> WeightGradStore | None:
+    """Where gradients of these weights wait; None: they are wanted with all others, or not at all."""
+    is_wanted = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
+    return _current.get() if is_wanted else None
 
 
 def _linear_weight_grad(x: Tensor, weight: Tensor, grad: Tensor) -> Tensor:

@@ -1,0 +1,150 @@
+"""SwiGLU experts in FP8 that keep nothing for the backward pass but FP8.
+
+DeepSeek-V3 technical report (arXiv 2412.19437), sections 3.3.1 and 3.3.3. All three products of a linear layer
+(forward, gradient of the input, gradient of the weight) take FP8; the rows that dispatch delivers are kept as they
+came, the inputs of SwiGLU are kept in FP8 and its output is computed again.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from commlib.errors import ConfigError
+from commlib.experts.grouped_gemm import grouped_mm, grouped_mm_transposed, grouped_weight_grad, quantize_experts
+from commlib.layout import SCALE_BLOCK
+from commlib.overlap.weight_grads import WeightGradStore, store_for
+from commlib.quant import Fp8Rows, quantize_e4m3
+
+__all__ = ["SwiGLUWeights", "fp8_swiglu"]
+
+# Makes the output differentiable whatever the rows are. Never gets a gradient.
+_ANCHOR = torch.zeros((), requires_grad=True)
+
+
+class SwiGLUWeights(NamedTuple):
+    """`gate` and `up` [E, W, H], `down` [E, H, W], of any floating dtype: the master copies."""
+
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+
+
+def fp8_swiglu(x: Tensor, row_weights: Tensor, weights: SwiGLUWeights, ends: Tensor) -> Tensor:
+    """`y[r] = down_e(w[r] * silu(gate_e(x[r])) * up_e(x[r]))` for the rows r of each expert e.
+
+    Differentiable in `x`, `row_weights` and all weights. Kept for the backward pass: `x` as it is, gate's and up's
+    outputs as E4M3 with 1x128 scales, `row_weights`. Inside `overlap.WeightGradStore.recording` the gradients of
+    weights wait, their operands in FP8.
+
+    Args:
+        x: [T, H], `quant.Fp8Rows` (of `ops.dispatch` with `keep_fp8`); rows of another kind are cast. T and the rows of
+            each expert are multiples of 128: `expert_alignment=128`.
+        row_weights: FP32 [T].
+        weights: H and W are multiples of 128. They are cast in 128x128 tiles when they are used.
+        ends: int32 [E], where each expert's rows stop.
+
+    Returns:
+        [T, H] in the dtype of `x`.
+
+    Raises:
+        ConfigError: H, W or T is no multiple of 128.
+    """
+    if len(x) % SCALE_BLOCK:
+        raise ConfigError(f"num_rows={len(x)} is no multiple of {SCALE_BLOCK}")
+    store = store_for(*weights)
+    if store is None:
+        y: Tensor = _Experts.apply(_ANCHOR, x, row_weights, *weights, None, ends, None)  # type: ignore[no-untyped-call]
+        return y
+    y = _Experts.apply(_ANCHOR, x, row_weights, None, None, None, weights, ends, store)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _Experts(torch.autograd.Function):
+    """Weights come one by one, or in a tuple that autograd does not look into: see `overlap.weight_grads`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        anchor: Tensor,
+        x: Tensor,
+        row_weights: Tensor,
+        gate: Tensor,
+        up: Tensor,
+        down: Tensor,
+        later: SwiGLUWeights | None,
+        ends: Tensor,
+        store: WeightGradStore | None,
+    ) -> Tensor:
+        weights = later or SwiGLUWeights(gate, up, down)
+        rows = _as_rows(x)
+        gate_out = grouped_mm(rows, quantize_experts(weights.gate), ends)
+        up_out = grouped_mm(rows, quantize_experts(weights.up), ends)
+        inner = _cast(_swiglu(gate_out.float(), up_out.float()) * row_weights[:, None], x.dtype)
+        gate_kept, up_kept = _cast(gate_out, x.dtype), _cast(up_out, x.dtype)
+        ctx.save_for_backward(
+            *(rows.fp8, rows.scales, row_weights, ends),
+            *(gate_kept.fp8, gate_kept.scales, up_kept.fp8, up_kept.scales),
+            *weights,
+        )
+        ctx.dtype, ctx.store, ctx.later = x.dtype, store, later
+        return grouped_mm(inner, quantize_experts(weights.down), ends)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, x_scales, row_weights, ends, gate_q, gate_s, up_q, up_s, *saved = ctx.saved_tensors
+        dtype, weights = ctx.dtype, SwiGLUWeights(*saved)
+        rows, grad_y = Fp8Rows(x, x_scales, dtype), _as_rows(grad)
+        gate_kept, up_kept = Fp8Rows(gate_q, gate_s, dtype), Fp8Rows(up_q, up_s, dtype)
+
+        grad_inner = grouped_mm_transposed(grad_y, quantize_experts(weights.down), ends).float()
+        gate_out, up_out = gate_kept.dequantize().float(), up_kept.dequantize().float()
+        grad_row_weights = (grad_inner * _swiglu(gate_out, up_out)).sum(dim=1)
+        grad_gate, grad_up = (
+            _cast(each, dtype) for each in _swiglu_backward(grad_inner * row_weights[:, None], gate_out, up_out)
+        )
+        grad_x = grouped_mm_transposed(grad_gate, quantize_experts(weights.gate), ends)
+        grad_x += grouped_mm_transposed(grad_up, quantize_experts(weights.up), ends)
+
+        work = (
+            partial(grouped_weight_grad, grad_gate, rows, ends, weights.gate.dtype),
+            partial(grouped_weight_grad, grad_up, rows, ends, weights.up.dtype),
+            partial(_down_grad, grad_y, gate_kept, up_kept, row_weights, ends, weights.down.dtype),
+        )
+        if ctx.later is None:
+            is_wanted = ctx.needs_input_grad[3:6]
+            weight_grads = [compute() if each else None for compute, each in zip(work, is_wanted, strict=True)]
+            return None, grad_x, grad_row_weights, *weight_grads, None, None, None
+        for weight, compute in zip(ctx.later, work, strict=True):
+            if weight.requires_grad:
+                ctx.store.put(weight, compute)
+        return None, grad_x, grad_row_weights, *[None] * 6
+
+
+def _down_grad(
+    grad_y: Fp8Rows, gate: Fp8Rows, up: Fp8Rows, row_weights: Tensor, ends: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """The gradient of `down`, whose input is computed again."""
+    inner = _swiglu(gate.dequantize().float(), up.dequantize().float()) * row_weights[:, None]
+    return grouped_weight_grad(grad_y, _cast(inner, gate.dtype), ends, dtype)
+
+
+def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+def _swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    sigmoid = gate.sigmoid()
+    return grad * up * sigmoid * (1 + gate * (1 - sigmoid)), grad * gate * sigmoid
+
+
+def _as_rows(x: Tensor) -> Fp8Rows:
+    return x if isinstance(x, Fp8Rows) else _cast(x, x.dtype)
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Fp8Rows:
+    return Fp8Rows(*quantize_e4m3(x, pow2=True), dtype)

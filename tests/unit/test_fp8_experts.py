@@ -1,0 +1,187 @@
+"""`experts.fp8_swiglu`: the numbers, and what it keeps for the backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from commlib.errors import ConfigError
+from commlib.experts import SwiGLUWeights, fp8_swiglu
+from commlib.overlap import WeightGradStore
+from commlib.quant import Fp8Rows, dequantize, dequantize_columns, quantize_e4m3, quantize_weight, retile_columns
+from commlib.quant.tiles import dequantize_weight
+
+HIDDEN, WIDTH = 256, 128
+COUNTS = (128, 0, 256)  # rows of each expert
+
+
+def whole(shape: tuple[int, ...], largest: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Small whole numbers: their products add up without rounding, in any order."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-largest, largest + 1, shape, generator=generator).to(dtype)
+
+
+def make_weights(scale: float = 2.0**-6) -> SwiGLUWeights:
+    experts = len(COUNTS)
+    shapes = ((experts, WIDTH, HIDDEN), (experts, WIDTH, HIDDEN), (experts, HIDDEN, WIDTH))
+    made = [(whole(shape, 3, seed) * scale).requires_grad_() for seed, shape in enumerate(shapes)]
+    return SwiGLUWeights(*made)
+
+
+def make_rows(dtype: torch.dtype) -> Fp8Rows:
+    return Fp8Rows(*quantize_e4m3(whole((sum(COUNTS), HIDDEN), 4, 7, dtype), pow2=True), dtype)
+
+
+def ends() -> Tensor:
+    return torch.tensor(COUNTS).cumsum(0).int()
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return dequantize(*quantize_e4m3(x, pow2=True), dtype).double()
+
+
+def by_columns(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a weight gradient sees of an operand."""
+    return dequantize_columns(*retile_columns(*quantize_e4m3(x, pow2=True), pow2=True), dtype).double()
+
+
+def cast_weight(w: Tensor) -> Tensor:
+    return dequantize_weight(*quantize_weight(w.detach(), pow2=True), torch.float32).double()
+
+
+def expected(
+    x: Tensor, row_weights: Tensor, weights: SwiGLUWeights, grad: Tensor, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Expert by expert in FP64, rounded where the FP8 recipe rounds."""
+    found: dict[str, list[Tensor]] = {}
+    for expert, (x_e, w_e, grad_e) in enumerate(
+        zip(*(each.split(COUNTS) for each in (x, row_weights, grad)), strict=True)
+    ):
+        gate_w, up_w, down_w = (cast_weight(each[expert]) for each in weights)
+        rows = x_e.double()
+        gate, up = ((rows @ w.t()).to(dtype) for w in (gate_w, up_w))
+        inner = cast(F.silu(gate.float()) * up.float() * w_e[:, None], dtype)
+        kept_gate, kept_up = (cast(each, dtype).float() for each in (gate, up))
+        grad_y = cast(grad_e, dtype)
+        grad_inner = (grad_y @ down_w).to(dtype).float()
+        sigmoid = kept_gate.sigmoid()
+        again = F.silu(kept_gate) * kept_up
+        grad_act = grad_inner * w_e[:, None]
+        grad_gate = grad_act * kept_up * sigmoid * (1 + kept_gate * (1 - sigmoid))
+        grad_up = grad_act * kept_gate * sigmoid
+        parts = {
+            "y": inner @ down_w.t(),
+            "x": cast(grad_gate, dtype) @ gate_w + cast(grad_up, dtype) @ up_w,
+            "row_weights": (grad_inner * again).sum(dim=1),
+            "gate": by_columns(grad_gate, dtype).t() @ by_columns(x_e, dtype)
+            if len(x_e)
+            else torch.zeros(WIDTH, HIDDEN),
+            "up": by_columns(grad_up, dtype).t() @ by_columns(x_e, dtype) if len(x_e) else torch.zeros(WIDTH, HIDDEN),
+            "down": by_columns(grad_e.float(), dtype).t() @ by_columns(again * w_e[:, None], dtype)
+            if len(x_e)
+            else torch.zeros(HIDDEN, WIDTH),
+        }
+        for name, part in parts.items():
+            found.setdefault(name, []).append(part)
+    stacked = ("gate", "up", "down")
+    return {name: torch.stack(each) if name in stacked else torch.cat(each) for name, each in found.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_computes_the_fp8_recipe(dtype: torch.dtype) -> None:
+    weights, source = make_weights(), make_rows(dtype)
+    row_weights = (whole((sum(COUNTS),), 4, 11) / 4).requires_grad_()
+    x = source.dequantize().requires_grad_()
+    grad = whole((sum(COUNTS), HIDDEN), 2, 13, dtype)
+    y = fp8_swiglu(x, row_weights, weights, ends())
+    y.backward(grad)
+    assert y.dtype == dtype
+    want = expected(x.detach(), row_weights.detach(), weights, grad, dtype)
+    got = {"y": y, "x": x.grad, "row_weights": row_weights.grad}
+    got |= {name: each.grad for name, each in weights._asdict().items()}
+    for name, mine in got.items():
+        assert mine is not None, name
+        # Sums of at most max(rows, width) FP32 terms, rounded to their dtype; x is the sum of two such.
+        unit = 2.0**-8 if dtype == torch.bfloat16 and name != "row_weights" else 2.0**-23
+        bound = float(want[name].abs().max()) * (2 * unit + 2.0**-23 * max(COUNTS) ** 0.5)
+        torch.testing.assert_close(
+            mine.double(), want[name].double(), rtol=0, atol=bound, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+def test_fp8_gradients_count_as_they_are() -> None:
+    """The same gradient in FP8 rows and as plain rows: the same bits, because its cast is exact."""
+    results = []
+    for is_fp8 in (False, True):
+        weights, x, row_weights = make_weights(), make_rows(torch.bfloat16), torch.ones(sum(COUNTS), requires_grad=True)
+        y = fp8_swiglu(x, row_weights, weights, ends())
+        grad = Fp8Rows(*quantize_e4m3(whole(tuple(y.shape), 2, 13, torch.bfloat16), pow2=True), torch.bfloat16)
+        torch.autograd.backward([y], [grad if is_fp8 else grad.dequantize()])
+        results.append([row_weights.grad, *(each.grad for each in weights)])
+    for ours, theirs in zip(*results, strict=True):
+        assert ours is not None and theirs is not None and torch.equal(ours, theirs)
+
+
+@contextmanager
+def keeping() -> Iterator[list[Tensor]]:
+    """What autograd is asked to keep inside."""
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        yield kept
+
+
+def test_keeps_fp8_only_and_no_second_copy_of_the_rows() -> None:
+    x, weights = make_rows(torch.bfloat16), make_weights()
+    row_weights = torch.ones(sum(COUNTS), requires_grad=True)
+    with keeping() as kept:
+        fp8_swiglu(x, row_weights, weights, ends())
+    rows = [each for each in kept if each.ndim == 2 and each.shape[0] == sum(COUNTS)]
+    assert {each.data_ptr() for each in rows} >= {x.fp8.data_ptr(), x.scales.data_ptr()}
+    large = [each for each in rows if each.shape[1] >= min(HIDDEN, WIDTH)]
+    assert len(large) == 3 and {each.dtype for each in large} == {torch.float8_e4m3fn}
+    # The check finds what it looks for: rows in BF16 are copied when they are cast, plain experts keep BF16.
+    with keeping() as kept:
+        fp8_swiglu(x.dequantize(), row_weights, weights, ends())
+    assert x.fp8.data_ptr() not in {each.data_ptr() for each in kept}
+
+
+@pytest.mark.parametrize("frozen", [None, "up", "all"])
+def test_weight_gradients_may_wait(frozen: str | None) -> None:
+    at_once, later = make_weights(), make_weights()
+    for weights in (at_once, later):
+        for name, each in weights._asdict().items():
+            each.requires_grad_(frozen != "all" and name != frozen)
+    row_weights, grad = torch.ones(sum(COUNTS)), whole((sum(COUNTS), HIDDEN), 2, 13, torch.bfloat16)
+    fp8_swiglu(make_rows(torch.bfloat16), row_weights, at_once, ends()).backward(grad)
+    store = WeightGradStore()
+    with store.recording():
+        y = fp8_swiglu(make_rows(torch.bfloat16), row_weights, later, ends())
+    y.backward(grad)
+    assert all(each.grad is None for each in later)
+    for work in store.take():
+        work()
+    for name, ours, theirs in zip(later._fields, later, at_once, strict=True):
+        if frozen in ("all", name):
+            assert ours.grad is None and theirs.grad is None
+        else:
+            assert ours.grad is not None and theirs.grad is not None and torch.equal(ours.grad, theirs.grad), name
+
+
+def test_no_rows_at_all() -> None:
+    weights, row_weights = make_weights(), torch.ones(0, requires_grad=True)
+    x = torch.zeros(0, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
+    y = fp8_swiglu(x, row_weights, weights, torch.zeros(len(COUNTS), dtype=torch.int32))
+    y.sum().backward()
+    assert y.shape == (0, HIDDEN) and x.grad is not None
+    assert all(each.grad is not None and not each.grad.any() for each in weights)
+
+
+def test_rows_come_in_tiles() -> None:
+    x = torch.zeros(64, HIDDEN)
+    with pytest.raises(ConfigError, match="num_rows=64 is no multiple of 128"):
+        fp8_swiglu(x, torch.ones(64), make_weights(), ends())

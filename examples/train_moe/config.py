@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from commlib import routing
+from commlib.layout import SCALE_BLOCK
 
 VOCAB = 256  # bytes
 
@@ -27,6 +28,9 @@ class ModelConfig:
         num_shared: shared experts.
         expert_width: inner width of one expert.
         route_scale: factor on the routing weights.
+        fp8_experts: rows travel to the routed experts in FP8, as do gradients; their matmuls take FP8, and they keep
+            nothing else for the backward pass. `hidden` and `expert_width` are multiples of 128 then. What experts
+            return travels in the compute dtype.
     """
 
     hidden: int = 128
@@ -46,8 +50,13 @@ class ModelConfig:
     num_shared: int = 1
     expert_width: int = 96
     route_scale: float = 1.0
+    fp8_experts: bool = False
 
     def __post_init__(self) -> None:
+        if self.fp8_experts and (self.hidden % SCALE_BLOCK or self.expert_width % SCALE_BLOCK):
+            raise ValueError(
+                f"hidden={self.hidden}, expert_width={self.expert_width}: FP8 experts want multiples of {SCALE_BLOCK}"
+            )
         if not 0 <= self.num_dense_layers < self.num_layers:
             raise ValueError(
                 f"num_dense_layers={self.num_dense_layers} is not in 0..num_layers-1={self.num_layers - 1}"
@@ -57,6 +66,11 @@ class ModelConfig:
     def num_moe_layers(self) -> int:
         """MoE layers, the one in the multi-token-prediction module included."""
         return self.num_layers - self.num_dense_layers + 1
+
+    @property
+    def expert_alignment(self) -> int:
+        """Rows of an expert come in multiples of this: what grouped matmuls want, or FP8's tiles of 128 rows."""
+        return SCALE_BLOCK if self.fp8_experts else 32
 
     @property
     def gate(self) -> routing.GateConfig:

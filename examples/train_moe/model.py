@@ -106,7 +106,14 @@ class MoEBlock(nn.Module):
         self.attention_norm = RMSNorm(config.hidden)
         self.attention = MLA(config)
         self.ffn_norm = RMSNorm(config.hidden)
-        self.ffn = MoELayer(config.hidden, config.expert_width, config.num_shared, config.gate, runtime)
+        self.ffn = MoELayer(
+            config.hidden,
+            config.expert_width,
+            config.num_shared,
+            config.gate,
+            runtime,
+            is_fp8=config.fp8_experts,
+        )
 
     def start(self, h: Tensor, carried: Tensor, balance: Tensor) -> overlap.Attended:
         """h FP32 [batch, seq, hidden] -> the rows for the experts; `carried` passes by."""

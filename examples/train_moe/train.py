@@ -92,7 +92,7 @@ class Trainer:
                 num_experts=model_config.num_experts,
                 num_topk=model_config.num_topk,
                 max_tokens=local_batch * config.seq_len,
-                expert_alignment=32,
+                expert_alignment=model_config.expert_alignment,
             ),
             device=device,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -64,8 +65,8 @@ class SmallLayer(nn.Module):
         return h + (shared + combined), carried + 0.5 * combined
 
 
-def make_layers(runtime: Runtime, count: int, seed: int = 0, **how: str) -> list[SmallLayer]:
-    exchange = overlap.Exchange(runtime=runtime, expert_alignment=ALIGNMENT, **how)  # type: ignore[arg-type]
+def make_layers(runtime: Runtime, count: int, seed: int = 0, **how: Any) -> list[SmallLayer]:
+    exchange = overlap.Exchange(runtime=runtime, expert_alignment=ALIGNMENT, **how)
     return [SmallLayer(exchange, seed + number) for number in range(count)]
 
 

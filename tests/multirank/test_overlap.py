@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import overlap_job as job
 import pytest
@@ -21,7 +22,7 @@ HERE = Path(__file__).stem
 WAYS = {"sequential": job.sequential, "two batches": job.two_batches, "paired": job.paired}
 
 
-def check_bits(runtime: Runtime, what: str, dtype: torch.dtype, **how: str) -> None:
+def check_bits(runtime: Runtime, what: str, dtype: torch.dtype, **how: Any) -> None:
     layers = job.make_layers(runtime, 2, **how)
     batches = [job.make_inputs(runtime.rank, number, dtype) for number in range(4)]
     expected = job.plain(layers, batches)
@@ -97,6 +98,7 @@ def overlap_rank(port: int) -> None:
         check_bits(runtime, "FP32", torch.float32)
         check_bits(runtime, "BF16", torch.bfloat16)
         check_bits(runtime, "FP8", torch.bfloat16, fp8="pow2", grad_fp8="fp32")
+        check_bits(runtime, "FP8 kept", torch.bfloat16, fp8="pow2", grad_fp8="fp32", keep_fp8=True)
         check_stages_of_different_length(runtime)
         check_in_flight(runtime)
         check_no_grad(runtime)

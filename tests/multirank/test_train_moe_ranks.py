@@ -122,7 +122,7 @@ def test_later_bytes_do_not_reach_earlier_predictions() -> None:
     train_moe_job.whole_model_is_causal()
 
 
-@pytest.mark.parametrize("script", ["dispatch_combine.py", "moe_layer.py"])
+@pytest.mark.parametrize("script", ["dispatch_combine.py", "moe_layer.py", "fp8_activations.py"])
 def test_small_examples_check_themselves(script: str) -> None:
     for result in check_ranks(str(EXAMPLES / script), 4, launcher="mpirun", timeout_s=60):
         assert f"rank {result.rank} of 4" in result.stdout

@@ -40,6 +40,8 @@ class RuntimeConfig:
         num_threads: worker threads of the CPU executor on this rank.
         num_sms: multiprocessors that a kernel of the GPU executor takes.
         num_local_sms: multiprocessors for work that stays on the GPU (expand, reduce), if more than `num_sms`.
+        out_blocks, in_blocks: between nodes, multiprocessors that send to other nodes and that take in what comes from
+            there, of the `num_sms` of a kernel; None: by the rates of the links (GPU only).
         decode_tokens: most tokens of a rank in a call of the latency regime, for which slots are allocated at
             construction (GPU only); None: that regime is not used.
         chunk_tokens: tokens moved per signal over scale-up.
@@ -52,6 +54,8 @@ class RuntimeConfig:
         timeout_s: seconds without progress after which a wait raises.
         heartbeat_timeout_s: seconds without a heartbeat after which a peer counts as lost.
         transport: name of the scale-out transport.
+        use_tuned_plan: whether a plan that `commlib bench --tune` has found for this shape and topology replaces
+            `chunk_tokens`, `chunk_bytes`, `ring_bytes`, `out_blocks` and `in_blocks` where they have their defaults.
 
     Raises:
         ConfigError: a value breaks a rule; the message holds the value and the rule.
@@ -65,6 +69,8 @@ class RuntimeConfig:
     num_threads: int = 1
     num_sms: int = 24
     num_local_sms: int | None = None
+    out_blocks: int | None = None
+    in_blocks: int | None = None
     decode_tokens: int | None = None
     chunk_tokens: int = 32
     chunk_bytes: int = 64 * 1024
@@ -75,6 +81,7 @@ class RuntimeConfig:
     timeout_s: float = 300.0
     heartbeat_timeout_s: float = 10.0
     transport: str = "ucx"
+    use_tuned_plan: bool = True
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -101,6 +108,11 @@ class RuntimeConfig:
             )
         if self.num_local_sms is not None and self.num_local_sms < self.num_sms:
             raise ConfigError(f"num_local_sms={self.num_local_sms} is below num_sms={self.num_sms}")
+        if (self.out_blocks or 1) + (self.in_blocks or 1) >= max(self.num_sms, 3):
+            raise ConfigError(
+                f"out_blocks={self.out_blocks} and in_blocks={self.in_blocks} leave none of num_sms={self.num_sms} for "
+                "local work"
+            )
         if self.arena_bytes is not None and self.arena_bytes > self.max_arena_bytes:
             raise ConfigError(f"arena_bytes={self.arena_bytes} is above max_arena_bytes={self.max_arena_bytes}")
 
@@ -114,8 +126,14 @@ class RuntimeConfig:
                 is_number = isinstance(value, int | float) and not isinstance(value, bool)
                 if not (is_number and math.isfinite(value) and value > 0):
                     raise ConfigError(f"{field.name}={value!r} is not a finite number of seconds > 0")
-            elif field.name in ("arena_bytes", "num_local_sms", "decode_tokens") and value is None:
+            elif (
+                field.name in ("arena_bytes", "num_local_sms", "out_blocks", "in_blocks", "decode_tokens")
+                and value is None
+            ):
                 continue
+            elif field.name == "use_tuned_plan":
+                if not isinstance(value, bool):
+                    raise ConfigError(f"use_tuned_plan={value!r} is neither True nor False")
             elif not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{field.name}={value!r} is not an integer >= 1")
 

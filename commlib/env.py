@@ -14,6 +14,7 @@ COMMLIB_WORLD_SIZE              number of ranks
 COMMLIB_TRANSPORT               name of the scale-out transport: ucx | verbs | auto
 COMMLIB_NUM_THREADS             worker threads of the CPU executor, per rank
 COMMLIB_BOOTSTRAP               auto | mpi | zmq | torch
+COMMLIB_PLANS                   file of tuned plans, read by rank 0 (~/.cache/commlib/plans.json); off: none
 
 only the verbs transport reads:
 COMMLIB_NICS                    ports to use, "mlx5_0,mlx5_1:2"; unset: the nearest
@@ -69,6 +70,7 @@ class Env:
     transport: str | None = None
     num_threads: int | None = None
     bootstrap: str = "auto"
+    plans: str | None = None
     nics: tuple[str, ...] | None = None
     max_nics: int | None = None
     gid_index: int | None = None
@@ -139,7 +141,7 @@ def _mtu(name: str, text: str) -> int:
     return int(_choice(("256", "512", "1024", "2048", "4096"))(name, text))
 
 
-def _secret(name: str, text: str) -> str:
+def _text(name: str, text: str) -> str:
     if not text.strip():
         raise ConfigError(f"{name} is set but blank; the rule: a non-blank text")
     return text
@@ -151,12 +153,13 @@ _PARSERS: dict[str, tuple[str, Callable[[str, str], Any]]] = {
     "COMMLIB_HEARTBEAT_TIMEOUT": ("heartbeat_timeout_s", _seconds),
     "COMMLIB_LOG": ("log", _choice(LOG_LEVELS)),
     "COMMLIB_RENDEZVOUS": ("rendezvous", _rendezvous),
-    "COMMLIB_JOB_TOKEN": ("job_token", _secret),
+    "COMMLIB_JOB_TOKEN": ("job_token", _text),
     "COMMLIB_RANK": ("rank", _integer(0)),
     "COMMLIB_WORLD_SIZE": ("world_size", _integer(1)),
     "COMMLIB_TRANSPORT": ("transport", _word),
     "COMMLIB_NUM_THREADS": ("num_threads", _integer(1)),
     "COMMLIB_BOOTSTRAP": ("bootstrap", _choice(BOOTSTRAPS)),
+    "COMMLIB_PLANS": ("plans", _text),
     "COMMLIB_NICS": ("nics", _ports),
     "COMMLIB_MAX_NICS": ("max_nics", _integer(1)),
     "COMMLIB_GID_INDEX": ("gid_index", _integer(0, 255)),

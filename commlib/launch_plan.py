@@ -111,10 +111,10 @@ def plan_launch(config: RuntimeConfig, topology: Topology, rates: LinkRates | No
 
     A block that takes rows in stores each of them at every rank of the node that wants it, so the fan-out of balanced
     routing decides how many of those there are. Not more than a third of all blocks for either way, at least one, and
-    no more than there are partners.
+    no more than there are partners. What `config` says of them stands.
 
     Raises:
-        ConfigError: fewer than three multiprocessors.
+        ConfigError: fewer than three multiprocessors, or none left for local work.
     """
     rates = rates or LinkRates()
     if config.num_sms < 3:
@@ -125,8 +125,12 @@ def plan_launch(config: RuntimeConfig, topology: Topology, rates: LinkRates | No
     nodes = max(topology.num_nodes, 2)
     fan_out = (traffic.stored_up + traffic.stored_here) / max(traffic.sent_out * nodes / (nodes - 1), 1.0)
     most = max(1, min(config.num_sms // 3, topology.num_nodes - 1))
-    out_blocks = max(1, min(most, -int(-rates.scale_out // rates.multiprocessor)))
-    in_blocks = max(1, min(most, -int(-rates.scale_out * max(fan_out, 1.0) // rates.multiprocessor)))
+    out_blocks = config.out_blocks or max(1, min(most, -int(-rates.scale_out // rates.multiprocessor)))
+    in_blocks = config.in_blocks or max(
+        1, min(most, -int(-rates.scale_out * max(fan_out, 1.0) // rates.multiprocessor))
+    )
+    if out_blocks + in_blocks >= config.num_sms:
+        raise ConfigError(f"{out_blocks} + {in_blocks} blocks leave none of num_sms={config.num_sms} for local work")
     return LaunchPlan(out_blocks=out_blocks, in_blocks=in_blocks, local_blocks=config.num_sms - out_blocks - in_blocks)
 
 

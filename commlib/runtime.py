@@ -8,6 +8,7 @@ import logging
 import weakref
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
@@ -21,6 +22,7 @@ from commlib.handle import Combined, Dispatched, Handle
 from commlib.layout import Layout
 from commlib.memory import MemoryReport
 from commlib.topology import Topology, node_key
+from commlib.tuned_plans import Plan, Plans, apply_plan, default_file, read_plans, shape_key
 
 if TYPE_CHECKING:
     from commlib.trace import Recorder, Span
@@ -72,7 +74,10 @@ class Runtime:
         try:
             self.rank: int = boot.rank
             self.num_ranks: int = boot.size
-            self.topology = _agree_on_topology(boot, self.config, topology, env, connect_timeout_s, device)
+            self.topology, plan = _agree_on_topology(boot, self.config, topology, env, connect_timeout_s, device)
+            if plan is not None:
+                self.config = apply_plan(self.config, plan)
+            self._plan_text = "" if plan is None else f"\ntuned plan: {json.dumps(plan)}"
             self._executor: Executor = make_executor(boot, self.config, self.topology, self._id, connect_timeout_s)
             self._bootstrap_text = boot.describe()
         finally:
@@ -269,7 +274,7 @@ class Runtime:
         """Several lines for logs: who we are, how ranks met, what carries the bytes."""
         return (
             f"commlib rank {self.rank} of {self.num_ranks} on {self.topology.num_nodes} nodes, "
-            f"{self._bootstrap_text}\n{self._executor.describe()}\nmemory: {self.memory()}"
+            f"{self._bootstrap_text}\n{self._executor.describe()}\nmemory: {self.memory()}{self._plan_text}"
         )
 
     def close(self) -> None:
@@ -311,6 +316,15 @@ def _kind_of(device: Any) -> str:
     return "cpu" if device is None else str(device).partition(":")[0]
 
 
+def _name_of(device: Any) -> str:
+    """What a plan is tuned for: GPUs of one kind are alike."""
+    if _kind_of(device) == "cpu":
+        return "cpu"
+    from commlib.cuda.engine import device_name
+
+    return device_name(device)
+
+
 def _executor_of(device: Any) -> Callable[..., Executor]:
     """What makes the executor for a device. Its module is loaded before the bootstrap loads an MPI, which may bring an
     older UCX of its own, and only it: GPUs need no native core, CPUs no torch."""
@@ -332,8 +346,12 @@ def _agree_on_topology(
     env: Env,
     timeout_s: float,
     device: Any,
-) -> Topology:
-    """Raises on all ranks alike if a rank's numbers do not fit or ranks were told different things."""
+) -> tuple[Topology, Plan | None]:
+    """The topology, and the tuned plan that rank 0 knows for it.
+
+    Raises:
+        ConfigError: on all ranks alike, a rank's numbers do not fit or ranks were told different things.
+    """
 
     def tell() -> bytes:
         given = topology
@@ -347,16 +365,26 @@ def _agree_on_topology(
 
             check_device(device)
         nodes = "found out" if given is None else list(given.node_of_rank)
+        plans = Plans()
+        if boot.rank == 0 and config.use_tuned_plan and env.plans != "off":
+            known = read_plans(default_file() if env.plans is None else Path(env.plans))
+            plans = known.of_shape(shape_key(config, _name_of(device)))
         return json.dumps(
-            {"must agree": {**config.shared(), "device": _kind_of(device), "topology": nodes}, "node": node_key()}
+            {
+                "must agree": {**config.shared(), "device": _kind_of(device), "topology": nodes},
+                "node": node_key(),
+                "plans": plans.to_bytes().decode(),
+            }
         ).encode()
 
     told = [json.loads(blob) for blob in allgather_or_raise(boot, tell, timeout_s=timeout_s)]
     require_equal([each["must agree"] for each in told])
     nodes = told[0]["must agree"]["topology"]
+    plans = Plans.from_bytes(told[0]["plans"].encode())
     keys = [each["node"] for each in told]
     if nodes == "found out":
-        return Topology.from_node_keys(keys)
+        found = Topology.from_node_keys(keys)
+        return found, plans.of_nodes(found)
     given = Topology(tuple(nodes))
     for ranks in map(given.ranks_of_node, range(given.num_nodes)):
         for rank in ranks:
@@ -365,4 +393,4 @@ def _agree_on_topology(
                     f"ranks {ranks[0]} and {rank} are declared to share node {given.node(rank)}, but cannot share "
                     f"memory: {keys[ranks[0]]} and {keys[rank]}"
                 )
-    return given
+    return given, plans.of_nodes(given)

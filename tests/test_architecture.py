@@ -18,7 +18,7 @@ NATIVE = ROOT / "native"
 MAX_LINES = 450
 
 L0 = {"errors", "env", "config"}
-L1 = {"topology", "routing", "layout", "quant", "payload", "traffic", "launch_plan"}
+L1 = {"topology", "routing", "layout", "quant", "payload", "traffic", "launch_plan", "tuned_plans"}
 L2 = {"bootstrap", "memory", "transport", "fabric"}
 NATIVE_MODULE = {"_native"}
 L5 = {"handle", "executor", "cpu_executor", "runtime", "pending", "faults", "trace"}

@@ -38,6 +38,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--chunk-bytes", type=int, default=RuntimeConfig.chunk_bytes, help="bytes per put")
     parser.add_argument("--ring-bytes", type=int, default=RuntimeConfig.ring_bytes, help="bytes of a scale-out ring")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument(
+        "--tune", action="store_true", help="search for the fastest plan, which Runtimes of this shape use from then on"
+    )
     parser.add_argument("--json", default=None, help="also append the JSON lines to this file")
     cuda = parser.add_argument_group("with --device cuda")
     cuda.add_argument("--num-sms", type=int, nargs="+", default=[24], help="multiprocessors, one run each")

@@ -10,6 +10,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ import numpy.typing as npt
 from commlib.cli.baselines import AlltoallvExchange, memcpy_seconds
 from commlib.cli.bench import Shape
 from commlib.cli.put_limit import PutLimit
+from commlib.cli.tune import printer, tune
 from commlib.config import RuntimeConfig
 from commlib.errors import ConfigError
 from commlib.runtime import Runtime
@@ -32,6 +34,11 @@ def run(arguments: argparse.Namespace, shapes: list[Shape]) -> int:
         raise ConfigError("commlib bench runs under mpirun and needs mpi4py, for the baseline") from None
     comm = MPI.COMM_WORLD
     for shape in shapes:
+        if arguments.tune:
+            show = printer(comm.rank)
+            show(f"{shape.num_tokens} tokens x {shape.hidden}, top-{shape.num_topk} of {shape.num_experts}")
+            tune(CpuTrial(comm, shape, arguments), show)
+            continue
         lines = _Bench(comm, shape, arguments).run()
         if comm.rank == 0:
             _print(shape, lines, arguments.json)
@@ -59,6 +66,46 @@ def _make_inputs(shape: Shape, runtime: Runtime, max_nodes: int | None, seed: in
     return _Inputs(x, topk_idx, weights)
 
 
+def _config_of(shape: Shape, arguments: argparse.Namespace) -> RuntimeConfig:
+    return RuntimeConfig(
+        hidden=shape.hidden,
+        num_experts=shape.num_experts,
+        num_topk=shape.num_topk,
+        max_tokens=shape.num_tokens,
+        expert_alignment=1,
+        num_threads=arguments.threads,
+        chunk_bytes=arguments.chunk_bytes,
+        ring_bytes=arguments.ring_bytes,
+    )
+
+
+class CpuTrial:
+    """See `tune.Trial`."""
+
+    device = "cpu"
+
+    def __init__(self, comm: Any, shape: Shape, arguments: argparse.Namespace) -> None:
+        self._comm, self._shape, self._arguments = comm, shape, arguments
+        self.rank: int = comm.rank
+        self.config = replace(_config_of(shape, arguments), use_tuned_plan=False)
+        with Runtime(comm, self.config) as runtime:
+            self.topology = runtime.topology
+            self.inputs = _make_inputs(shape, runtime, arguments.max_nodes, arguments.seed)
+
+    def seconds(self, config: RuntimeConfig) -> float:
+        x, topk_idx, topk_weights = self.inputs
+        times = []
+        with Runtime(self._comm, config) as runtime:
+            for _ in range(self._arguments.warmup + self._arguments.iterations):
+                self._comm.Barrier()
+                begin = time.perf_counter()
+                d = runtime.dispatch(x, topk_idx, topk_weights)
+                runtime.combine(d.x, d.handle, weights=d.row_weights)
+                times.append(time.perf_counter() - begin)
+        slowest = np.array(self._comm.allgather(times[self._arguments.warmup :])).max(axis=0)
+        return float(np.median(slowest))
+
+
 class _Bench:
     """One shape: all contenders, interleaved."""
 
@@ -66,19 +113,7 @@ class _Bench:
         self.comm = comm
         self.shape = shape
         self.arguments = arguments
-        self.runtime = Runtime(
-            comm,
-            RuntimeConfig(
-                hidden=shape.hidden,
-                num_experts=shape.num_experts,
-                num_topk=shape.num_topk,
-                max_tokens=shape.num_tokens,
-                expert_alignment=1,
-                num_threads=arguments.threads,
-                chunk_bytes=arguments.chunk_bytes,
-                ring_bytes=arguments.ring_bytes,
-            ),
-        )
+        self.runtime = Runtime(comm, _config_of(shape, arguments))
         self.inputs = _make_inputs(shape, self.runtime, arguments.max_nodes, arguments.seed)
         self.baseline = AlltoallvExchange(comm, shape.num_experts)
         self.times: dict[str, list[float]] = {}
@@ -164,6 +199,8 @@ class _Bench:
             "num_ranks": self.comm.size,
             "num_nodes": self.runtime.topology.num_nodes,
             "threads": self.arguments.threads,
+            "chunk_bytes": self.runtime.config.chunk_bytes,
+            "ring_bytes": self.runtime.config.ring_bytes,
         }
         lines = []
         for name, seconds in self.times.items():

@@ -11,6 +11,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,7 +22,9 @@ from commlib import ops, routing
 from commlib.bootstrap import Bootstrap, connect
 from commlib.cli.push_limit import PushLimit
 from commlib.cli.routed_rows import RoutedRows
+from commlib.cli.tune import printer, tune
 from commlib.config import RuntimeConfig
+from commlib.cuda.engine import device_name
 from commlib.cuda.operations import ArenaBytes
 from commlib.routing import GateConfig
 from commlib.runtime import Runtime
@@ -42,6 +45,9 @@ def run(arguments: argparse.Namespace, shapes: list[Any]) -> int:
     for shape in shapes:
         for num_sms in arguments.num_sms:
             bench = CudaBench(boot, device, shape, num_sms, arguments)
+            if arguments.tune:
+                tune(CudaTrial(bench), printer(boot.rank))
+                continue
             bench.run()
             bench.print_table()
     return 0
@@ -82,6 +88,18 @@ class CudaBench:
                 self._latency()
             memory = runtime.memory()._asdict()
             self._report(what="memory", **memory)
+
+    def seconds(self) -> float:
+        """Dispatch and combine, layout "grouped", BF16."""
+        rows = self.rows
+        with Runtime(self.boot, self.config, device=self.device) as runtime:
+
+            def both(which: int) -> Any:
+                got = runtime.dispatch(rows.own(), rows.choices(which), rows.weights)
+                return runtime.combine(got.x, got.handle, weights=got.row_weights)
+
+            self.runtime, self.executor = runtime, runtime._executor
+            return float(self._timed(both, None)["us"]) / 1e6
 
     # ---- figures
 
@@ -307,6 +325,21 @@ class CudaBench:
             share += f"  {line['of_push_limit']:.2f} of the push limit" if line.get("of_push_limit") else ""
             print(f"  {name:<28} median {line['us']:8.1f}  p99 {line['us_p99']:8.1f}{share}")
         print(flush=True)
+
+
+class CudaTrial:
+    """See `tune.Trial`. Written for several nodes; not run on hardware yet."""
+
+    def __init__(self, bench: CudaBench) -> None:
+        self._bench, self.rank = bench, bench.boot.rank
+        self.config = replace(bench.config, use_tuned_plan=False)
+        self.device = device_name(bench.device)
+        with Runtime(bench.boot, self.config, device=bench.device) as runtime:
+            self.topology = runtime.topology
+
+    def seconds(self, config: RuntimeConfig) -> float:
+        self._bench.config = config
+        return self._bench.seconds()
 
 
 def _push(limit: PushLimit, prepared: Any, _: int) -> None:

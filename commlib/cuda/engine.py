@@ -152,5 +152,10 @@ def check_device(device: Any) -> None:
         raise ConfigError("CUDA devices need CuPy: pip install cupy-cuda13x")
 
 
+def device_name(device: Any) -> str:
+    """Of the kind of GPU, "NVIDIA H100 80GB HBM3"."""
+    return str(torch.cuda.get_device_name(torch.device(str(device))))
+
+
 def _is_latency_handle(handle: Any) -> bool:
     return isinstance(handle, Handle) and isinstance(handle._native, LatencyHandle)

@@ -47,7 +47,6 @@ class Tuning:
         combine_warps: of a block.
         final_warps: of these, how many sum own tokens from the start.
         rows_final_warps: likewise in layout "rows", where an expert rank has one row per record to move.
-        out_blocks, in_blocks: between nodes, blocks that send and that take in; None: see commlib.launch_plan.
     """
 
     dispatch_warps: int = 14
@@ -57,8 +56,6 @@ class Tuning:
     combine_warps: int = 15
     final_warps: int = 2
     rows_final_warps: int = 7
-    out_blocks: int | None = None
-    in_blocks: int | None = None
 
 
 def _table_bytes(lanes: int, rows: int) -> int:

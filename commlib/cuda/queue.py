@@ -22,9 +22,10 @@ from commlib.cuda.limits import check_limits, check_multiprocessors
 from commlib.cuda.memory import Arena, Regions, Segment, Slab, default_heap_bytes
 from commlib.cuda.operations import CudaHandle, KernelCall, PendingOp
 from commlib.cuda.params import TEXT_BYTES, CallWords, ExchangeCall, HostResult, sizeof
-from commlib.cuda.tiers import Tiers, plan_tiers
+from commlib.cuda.tiers import Tiers
 from commlib.cuda.watch import Watch
 from commlib.errors import CapacityError, CommError, ConfigError
+from commlib.launch_plan import plan_launch
 from commlib.layout import align_up
 from commlib.memory import MemoryReport
 from commlib.topology import Topology
@@ -80,7 +81,7 @@ class OpQueue:
             self.buffers = Buffers(config, boot.size, most_sms, self.device, num_nodes)
             self.tiers: Tiers | None = None
             if num_nodes > 1:
-                plan = plan_tiers(config, topology, self.tuning)
+                plan = plan_launch(config, topology)
                 self.tiers = Tiers(boot, config, topology, plan, regions.exchange_row_bytes, connect_timeout_s)
         self._watch = Watch(boot.rank, boot.size, config, self._page, self.arena, self.buffers, self.tiers)
         self.mesh = make_mesh(config, boot.rank, boot.size, regions, self.buffers)

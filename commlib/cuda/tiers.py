@@ -10,21 +10,13 @@ from commlib.bootstrap import Bootstrap
 from commlib.bootstrap.agreement import allgather_or_raise
 from commlib.config import RuntimeConfig
 from commlib.cuda.driver import map_host_memory, unmap_host_memory
-from commlib.cuda.launch import Tuning
 from commlib.errors import CommError, CommTimeout, PeerLostError, TransportError
-from commlib.launch_plan import LaunchPlan, plan_launch
+from commlib.launch_plan import LaunchPlan
 from commlib.topology import Topology
 
-__all__ = ["Tiers", "plan_tiers"]
+__all__ = ["Tiers"]
 
 _TIMEOUT, _PEER_LOST = 1, 2  # FaultKind in native/common/fault.hpp
-
-
-def plan_tiers(config: RuntimeConfig, topology: Topology, tuning: Tuning) -> LaunchPlan:
-    """The balanced plan, or what `tuning` says."""
-    plan = plan_launch(config, topology)
-    out_blocks, in_blocks = tuning.out_blocks or plan.out_blocks, tuning.in_blocks or plan.in_blocks
-    return LaunchPlan(out_blocks=out_blocks, in_blocks=in_blocks, local_blocks=config.num_sms - out_blocks - in_blocks)
 
 
 class Tiers:

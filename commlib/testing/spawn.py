@@ -40,7 +40,7 @@ _RANK_VARIABLES = ("COMMLIB_RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RAN
 # What would tell a rank that it belongs to the job that the test itself runs in.
 _FOREIGN_PREFIXES = ("PMI_", "PMIX_", "OMPI_COMM_WORLD_", "TORCHELASTIC_", "MASTER_", "MPI_LOCAL")
 _FOREIGN_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME")
-_OWN_NAMES = ("BOOTSTRAP", "JOB_TOKEN", "RANK", "RANKS_PER_NODE", "RENDEZVOUS", "WORLD_SIZE")
+_OWN_NAMES = ("BOOTSTRAP", "JOB_TOKEN", "PLANS", "RANK", "RANKS_PER_NODE", "RENDEZVOUS", "WORLD_SIZE")
 
 
 class RankResult(NamedTuple):
@@ -171,6 +171,7 @@ def _rank_environ(ranks_per_node: int | None, launcher: Launcher, num_ranks: int
     paths = [str(root), str(root / "tests"), *added, os.environ.get("PYTHONPATH", "")]
     environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(path for path in paths if path))
     environ.setdefault("OMP_NUM_THREADS", "1")  # ranks share the cores
+    environ["COMMLIB_PLANS"] = "off"  # whatever has been tuned on this machine
     if ranks_per_node is not None:
         environ["COMMLIB_RANKS_PER_NODE"] = str(ranks_per_node)
     if launcher == "processes":

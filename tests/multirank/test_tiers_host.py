@@ -12,9 +12,9 @@ from moe_job import small_config, wait_for
 from commlib.bootstrap import Bootstrap, connect
 from commlib.config import RuntimeConfig
 from commlib.cuda import tiers as tiers_module
-from commlib.cuda.launch import Tuning
-from commlib.cuda.tiers import Tiers, plan_tiers
+from commlib.cuda.tiers import Tiers
 from commlib.errors import CommError, CommTimeout, PeerLostError
+from commlib.launch_plan import plan_launch
 from commlib.testing.spawn import check_ranks
 from commlib.topology import Topology
 
@@ -37,7 +37,7 @@ def open_tiers(boot: Bootstrap, config: RuntimeConfig, mapped: list[int]) -> Tie
     for owner, names in fakes.items():
         for name, value in names.items():
             setattr(owner, name, value)
-    return Tiers(boot, config, NODES, plan_tiers(config, NODES, Tuning()), 1024, 30.0)
+    return Tiers(boot, config, NODES, plan_launch(config, NODES), 1024, 30.0)
 
 
 def fault_of(tiers: Tiers) -> CommError:

@@ -32,7 +32,7 @@ def test_is_frozen_and_keyword_only() -> None:
 INTEGERS = [
     field.name
     for field in dataclasses.fields(RuntimeConfig)
-    if field.name not in ("timeout_s", "heartbeat_timeout_s", "transport")
+    if field.name not in ("timeout_s", "heartbeat_timeout_s", "transport", "use_tuned_plan")
 ]
 
 
@@ -103,6 +103,9 @@ CHANGED: dict[str, Any] = {
     "decode_tokens": 128,
     "num_sms": 8,
     "num_local_sms": 64,
+    "out_blocks": 2,
+    "in_blocks": 3,
+    "use_tuned_plan": False,
 }
 LOCAL: dict[str, Any] = {"num_threads": 2, "arena_bytes": 4096, "timeout_s": 1.0}
 

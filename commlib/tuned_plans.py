@@ -1,0 +1,136 @@
+"""Plans that `commlib bench --tune` has found, by shape and topology, and the file that keeps them.
+
+Which plan is in use changes no result, only how fast it comes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from commlib.config import RuntimeConfig
+from commlib.errors import ConfigError
+from commlib.topology import Topology
+
+__all__ = ["TUNED_FIELDS", "Plan", "Plans", "apply_plan", "default_file", "read_plans", "shape_key", "store_plan"]
+
+_logger = logging.getLogger("commlib")
+_VERSION = 1
+
+# Fields of RuntimeConfig that a plan may set.
+TUNED_FIELDS = ("chunk_tokens", "chunk_bytes", "ring_bytes", "out_blocks", "in_blocks")
+# What a plan was measured with, and is good for.
+_SHAPE_FIELDS = (
+    "hidden",
+    "num_experts",
+    "num_topk",
+    "max_tokens",
+    "num_threads",
+    "num_sms",
+    "num_local_sms",
+    "transport",
+)
+
+Plan = dict[str, int]
+
+
+def shape_key(config: RuntimeConfig, device: str) -> dict[str, Any]:
+    """What of a Runtime a plan depends on, but for its topology; `device` is "cpu" or the name of the GPU."""
+    return {"device": device, **{name: getattr(config, name) for name in _SHAPE_FIELDS}}
+
+
+def _node_sizes(topology: Topology) -> list[int]:
+    return [len(topology.ranks_of_node(node)) for node in range(topology.num_nodes)]
+
+
+class Entry(NamedTuple):
+    """A plan and what it is for."""
+
+    shape: dict[str, Any]
+    node_sizes: list[int]
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class Plans:
+    """What a file holds, in the form that travels between ranks."""
+
+    entries: tuple[Entry, ...] = ()
+
+    def of_shape(self, shape: dict[str, Any]) -> Plans:
+        """Those for one shape: see `shape_key`."""
+        return Plans(tuple(each for each in self.entries if each.shape == shape))
+
+    def of_nodes(self, topology: Topology) -> Plan | None:
+        """Of plans for one shape that for nodes of such sizes."""
+        sizes = _node_sizes(topology)
+        return next((each.plan for each in self.entries if each.node_sizes == sizes), None)
+
+    def to_bytes(self) -> bytes:
+        return json.dumps({"version": _VERSION, "plans": [each._asdict() for each in self.entries]}, indent=1).encode()
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> Plans:
+        """Raises ValueError, KeyError or TypeError if this is nothing that `to_bytes` has made."""
+        told = json.loads(content)
+        if told["version"] != _VERSION:
+            raise ValueError(f"version {told['version']}, not {_VERSION}")
+        entries = []
+        for each in told["plans"]:
+            entry = Entry(dict(each["shape"]), list(each["node_sizes"]), dict(each["plan"]))
+            unknown = set(entry.plan) - set(TUNED_FIELDS)
+            if unknown or not all(type(value) is int and value >= 1 for value in entry.plan.values()):
+                raise ValueError(f"a plan of {entry.plan}")
+            entries.append(entry)
+        return cls(tuple(entries))
+
+
+def default_file() -> Path:
+    """Where plans are kept unless COMMLIB_PLANS says otherwise."""
+    return Path(os.path.expanduser("~/.cache/commlib/plans.json"))
+
+
+def read_plans(path: Path) -> Plans:
+    """What a file holds; nothing, and a line in the log, if it cannot be read."""
+    try:
+        return Plans.from_bytes(path.read_bytes())
+    except FileNotFoundError:
+        return Plans()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        _logger.warning("%s is ignored: %s: %s", path, type(error).__name__, error)
+        return Plans()
+
+
+def store_plan(path: Path, shape: dict[str, Any], topology: Topology, plan: Plan) -> None:
+    """Adds a plan, in place of an older one for the same shape and topology. Others see the old file or the new one.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    entry = Entry(shape, _node_sizes(topology), plan)
+    kept = [each for each in read_plans(path).entries if each[:2] != entry[:2]]
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(Plans((*kept, entry)).to_bytes())
+    os.replace(name, path)
+
+
+def apply_plan(config: RuntimeConfig, plan: Plan) -> RuntimeConfig:
+    """`config` with the plan's values in those fields that have their defaults; what a caller has set stands.
+
+    A plan that does not go with the rest of the config changes nothing, and says so in the log.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(RuntimeConfig)}
+    changes: Any = {name: value for name, value in plan.items() if getattr(config, name) == defaults[name]}
+    try:
+        return dataclasses.replace(config, **changes)
+    except ConfigError as error:
+        _logger.warning("the tuned plan %s is ignored: %s", plan, error)
+        return config

@@ -1,0 +1,144 @@
+"""The file of tuned plans, which plan a Runtime takes from it, and the search for one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from commlib.cli.tune import MARGIN, default_plan, search, tune
+from commlib.config import RuntimeConfig
+from commlib.errors import CapacityError
+from commlib.runtime import Runtime
+from commlib.topology import Topology
+from commlib.tuned_plans import Plans, apply_plan, read_plans, shape_key, store_plan
+
+CONFIG = RuntimeConfig(hidden=256, num_experts=8, num_topk=2)
+TWO_NODES, FOUR_NODES = Topology.uniform(4, 2), Topology.uniform(4, 1)
+PLAN = {"chunk_bytes": 32768, "ring_bytes": 262144}
+
+
+def test_plans_are_kept_by_shape_and_topology(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "plans.json"
+    shape = shape_key(CONFIG, "cpu")
+    store_plan(path, shape, TWO_NODES, {"ring_bytes": 1})
+    store_plan(path, shape, FOUR_NODES, {"ring_bytes": 2})
+    store_plan(path, shape_key(CONFIG, "NVIDIA H200"), TWO_NODES, {"ring_bytes": 3})
+    store_plan(path, shape, TWO_NODES, PLAN)  # in place of the first
+    plans = read_plans(path)
+    assert len(plans.entries) == 3
+    assert plans.of_shape(shape).of_nodes(TWO_NODES) == PLAN
+    assert plans.of_shape(shape).of_nodes(FOUR_NODES) == {"ring_bytes": 2}
+    assert plans.of_shape(shape).of_nodes(Topology.uniform(8, 2)) is None
+    assert plans.of_shape(shape_key(dataclasses.replace(CONFIG, max_tokens=1), "cpu")).entries == ()
+    assert Plans.from_bytes(plans.to_bytes()) == plans
+    assert list(path.parent.iterdir()) == [path]  # nothing half written stays
+
+
+ENTRY: dict[str, Any] = {"shape": {}, "node_sizes": [1], "plan": {"ring_bytes": 1}}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        '{"version": 2, "plans": []}',
+        '{"version": 1}',
+        json.dumps({"version": 1, "plans": [{**ENTRY, "plan": {"num_sms": 8}}]}),
+        json.dumps({"version": 1, "plans": [{**ENTRY, "plan": {"ring_bytes": "8"}}]}),
+        json.dumps({"version": 1, "plans": [{**ENTRY, "plan": {"ring_bytes": 0}}]}),
+        json.dumps({"version": 1, "plans": [{"plan": {}}]}),
+    ],
+)
+def test_a_file_of_something_else_is_ignored(content: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "plans.json"
+    path.write_text(content)
+    with caplog.at_level(logging.WARNING, logger="commlib"):
+        assert read_plans(path) == Plans()
+    assert [record for record in caplog.records if f"{path} is ignored" in record.getMessage()]
+    # The same as a file, but right.
+    path.write_text(json.dumps({"version": 1, "plans": [ENTRY]}))
+    assert len(read_plans(path).entries) == 1
+
+
+def test_what_the_caller_has_set_stands(caplog: pytest.LogCaptureFixture) -> None:
+    assert apply_plan(CONFIG, PLAN) == dataclasses.replace(CONFIG, **PLAN)
+    mine = dataclasses.replace(CONFIG, chunk_bytes=16384)
+    assert apply_plan(mine, PLAN) == dataclasses.replace(mine, ring_bytes=262144)
+    assert apply_plan(CONFIG, {"out_blocks": 3, "in_blocks": 4}).out_blocks == 3
+    with caplog.at_level(logging.WARNING, logger="commlib"):
+        assert apply_plan(CONFIG, {"ring_bytes": 1024}) == CONFIG  # less than two rows
+    assert "is ignored: ring_bytes=1024 is below" in caplog.text
+
+
+def test_a_runtime_takes_the_plan_of_its_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "plans.json"
+    store_plan(path, shape_key(CONFIG, "cpu"), Topology.uniform(1, 1), {"chunk_tokens": 8})
+    monkeypatch.setenv("COMMLIB_PLANS", str(path))
+    with Runtime(None, CONFIG) as runtime:
+        assert runtime.config.chunk_tokens == 8
+        assert 'tuned plan: {"chunk_tokens": 8}' in runtime.describe()
+    for config in (dataclasses.replace(CONFIG, use_tuned_plan=False), dataclasses.replace(CONFIG, num_topk=3)):
+        with Runtime(None, config) as runtime:
+            assert runtime.config == config and "tuned" not in runtime.describe()
+    monkeypatch.setenv("COMMLIB_PLANS", "off")
+    with Runtime(None, CONFIG) as runtime:
+        assert runtime.config == CONFIG
+
+
+def test_search_walks_to_the_fastest() -> None:
+    asked: list[dict[str, int]] = []
+
+    def seconds(plan: dict[str, int]) -> float:
+        asked.append(plan)
+        far = abs(plan["chunk_bytes"].bit_length() - 15) + abs(plan["ring_bytes"].bit_length() - 20)
+        return 1.0 + far
+
+    start = {"chunk_bytes": 1 << 16, "ring_bytes": 1 << 17}
+    assert search(start, seconds) == {"chunk_bytes": 1 << 14, "ring_bytes": 1 << 19}
+    assert len(asked) == len({tuple(plan.items()) for plan in asked}), "a plan was measured twice"
+    assert search(start, lambda plan: 1.0 - 0.9 * MARGIN * (plan != start)) == start
+
+
+class FakeTrial:
+    """Smaller chunks are faster by `gain`; rings above 1 MiB do not fit."""
+
+    rank, device, topology, config = 0, "cpu", TWO_NODES, CONFIG
+
+    def __init__(self, gain: float) -> None:
+        self.gain = gain
+
+    def seconds(self, config: RuntimeConfig) -> float:
+        if config.ring_bytes > 1 << 20:
+            raise CapacityError("no room")
+        return 1.0 - self.gain * (config.chunk_bytes == 32768)
+
+
+@pytest.mark.parametrize(("gain", "chunk_bytes"), [(0.5, 32768), (0.01, 65536)])
+def test_tuning_stores_what_is_faster_beyond_noise(
+    gain: float, chunk_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "plans.json"
+    monkeypatch.setenv("COMMLIB_PLANS", str(path))
+    lines: list[str] = []
+    trial = FakeTrial(gain)
+    best = tune(trial, lines.append)
+    assert best == {**default_plan(trial), "chunk_bytes": chunk_bytes}
+    assert read_plans(path).of_shape(shape_key(CONFIG, "cpu")).of_nodes(TWO_NODES) == best
+    assert str(path) in lines[-1]
+
+
+def test_what_may_be_tuned() -> None:
+    trial = FakeTrial(0.0)
+    assert set(default_plan(trial)) == {"chunk_tokens", "chunk_bytes", "ring_bytes"}
+    trial.topology = Topology.uniform(4, 4)
+    assert set(default_plan(trial)) == {"chunk_tokens"}
+    trial.device = "NVIDIA H200"
+    assert default_plan(trial) == {}
+    trial.topology = TWO_NODES
+    assert set(default_plan(trial)) == {"chunk_bytes", "ring_bytes", "out_blocks", "in_blocks"}

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from commlib.env import Env
 from commlib.errors import ConfigError
 
-__all__ = ["MAX_DECODE_TOKENS", "MAX_TOPK", "RuntimeConfig"]
+__all__ = ["MAX_DECODE_TOKENS", "MAX_PROXY_THREADS", "MAX_TOPK", "RuntimeConfig"]
 
 MAX_TOPK = 64
 MAX_DECODE_TOKENS = 1024
+MAX_PROXY_THREADS = 8  # kMaxFabricThreads in native/channel/device_fabric.hpp
 
 # Tokens, experts and rows travel as signed 32-bit numbers in records and counters; the rest so in the native core.
 _MAX_INDEX = 2**31 - 1
@@ -38,6 +39,7 @@ class RuntimeConfig:
         max_tokens: tokens per rank and dispatch that the first size of the arena is meant for; a limit on GPUs only.
         expert_alignment: every local expert's rows are padded to a multiple of this (layout "grouped").
         num_threads: worker threads of the CPU executor on this rank.
+        num_proxy_threads: threads that carry bytes between nodes, each to and from some of the other nodes, at most 8.
         num_sms: multiprocessors that a kernel of the GPU executor takes.
         num_local_sms: multiprocessors for work that stays on the GPU (expand, reduce), if more than `num_sms`.
         out_blocks, in_blocks: between nodes, multiprocessors that send to other nodes and that take in what comes from
@@ -67,6 +69,7 @@ class RuntimeConfig:
     max_tokens: int = 4096
     expert_alignment: int = 128
     num_threads: int = 1
+    num_proxy_threads: int = 1
     num_sms: int = 24
     num_local_sms: int | None = None
     out_blocks: int | None = None
@@ -85,6 +88,8 @@ class RuntimeConfig:
 
     def __post_init__(self) -> None:
         self._check_types()
+        if self.num_proxy_threads > MAX_PROXY_THREADS:
+            raise ConfigError(f"num_proxy_threads={self.num_proxy_threads} is above {MAX_PROXY_THREADS}")
         if self.decode_tokens is not None and self.decode_tokens > MAX_DECODE_TOKENS:
             raise ConfigError(f"decode_tokens={self.decode_tokens} is above {MAX_DECODE_TOKENS}")
         for name in _INDICES:
@@ -143,6 +148,7 @@ class RuntimeConfig:
             "timeout_s": env.timeout_s,
             "heartbeat_timeout_s": env.heartbeat_timeout_s,
             "num_threads": env.num_threads,
+            "num_proxy_threads": env.num_proxy_threads,
             "transport": env.transport,
         }
         return dataclasses.replace(self, **{k: v for k, v in overrides.items() if v is not None})  # type: ignore[arg-type]

@@ -28,6 +28,7 @@ _COPIED = (
     "num_experts",
     "num_topk",
     "num_threads",
+    "num_proxy_threads",
     "chunk_tokens",
     "chunk_bytes",
     "ring_bytes",

@@ -13,6 +13,7 @@ COMMLIB_RANK                    this process's rank
 COMMLIB_WORLD_SIZE              number of ranks
 COMMLIB_TRANSPORT               name of the scale-out transport: ucx | verbs | auto
 COMMLIB_NUM_THREADS             worker threads of the CPU executor, per rank
+COMMLIB_NUM_PROXY_THREADS       threads that carry bytes between nodes, per rank
 COMMLIB_BOOTSTRAP               auto | mpi | zmq | torch
 COMMLIB_PLANS                   file of tuned plans, read by rank 0 (~/.cache/commlib/plans.json); off: none
 
@@ -69,6 +70,7 @@ class Env:
     world_size: int | None = None
     transport: str | None = None
     num_threads: int | None = None
+    num_proxy_threads: int | None = None
     bootstrap: str = "auto"
     plans: str | None = None
     nics: tuple[str, ...] | None = None
@@ -158,6 +160,7 @@ _PARSERS: dict[str, tuple[str, Callable[[str, str], Any]]] = {
     "COMMLIB_WORLD_SIZE": ("world_size", _integer(1)),
     "COMMLIB_TRANSPORT": ("transport", _word),
     "COMMLIB_NUM_THREADS": ("num_threads", _integer(1)),
+    "COMMLIB_NUM_PROXY_THREADS": ("num_proxy_threads", _integer(1, 8)),
     "COMMLIB_BOOTSTRAP": ("bootstrap", _choice(BOOTSTRAPS)),
     "COMMLIB_PLANS": ("plans", _text),
     "COMMLIB_NICS": ("nics", _ports),

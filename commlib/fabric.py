@@ -23,7 +23,8 @@ def open_fabric(
     topology: Topology,
     *,
     exchange_row_bytes: int,
-    num_fifos: int,
+    num_writers: int,
+    cpus: list[int],
     timeout_s: float,
 ) -> Any:
     """A connected native Fabric that has not been started. Collective.
@@ -31,7 +32,8 @@ def open_fabric(
     Args:
         boot, config, topology: of the Runtime.
         exchange_row_bytes: of what ranks tell each other before an operation.
-        num_fifos: blocks of a kernel that give commands.
+        num_writers: blocks of a kernel that give commands.
+        cpus: on which proxy threads may run; none: on all.
         timeout_s: seconds within which all ranks must come.
 
     Raises:
@@ -39,7 +41,8 @@ def open_fabric(
     """
     native = _native.FabricConfig()
     native.rank, native.node_of_rank = boot.rank, list(topology.node_of_rank)
-    native.num_experts, native.num_fifos = config.num_experts, num_fifos
+    native.num_experts, native.num_writers = config.num_experts, num_writers
+    native.num_proxy_threads, native.proxy_cpus = config.num_proxy_threads, cpus
     native.exchange_row_bytes, native.ring_bytes = exchange_row_bytes, config.ring_bytes
     native.largest_put = max(config.chunk_bytes, 4 * config.hidden + _MAX_TAIL_BYTES)
     native.heartbeat_timeout_s, native.transport = config.heartbeat_timeout_s, config.transport

@@ -32,6 +32,7 @@ _SHAPE_FIELDS = (
     "num_topk",
     "max_tokens",
     "num_threads",
+    "num_proxy_threads",
     "num_sms",
     "num_local_sms",
     "transport",

@@ -12,6 +12,7 @@ import torch
 
 from commlib.bootstrap import Bootstrap
 from commlib.config import RuntimeConfig
+from commlib.cuda.affinity import cpus_near
 from commlib.cuda.calls import KINDS, refusal
 from commlib.cuda.driver import Event
 from commlib.cuda.host_page import HostPage
@@ -82,7 +83,8 @@ class OpQueue:
             self.tiers: Tiers | None = None
             if num_nodes > 1:
                 plan = plan_launch(config, topology)
-                self.tiers = Tiers(boot, config, topology, plan, regions.exchange_row_bytes, connect_timeout_s)
+                cpus = cpus_near(self.device)
+                self.tiers = Tiers(boot, config, topology, plan, regions.exchange_row_bytes, connect_timeout_s, cpus)
         self._watch = Watch(boot.rank, boot.size, config, self._page, self.arena, self.buffers, self.tiers)
         self.mesh = make_mesh(config, boot.rank, boot.size, regions, self.buffers)
         if self.tiers is not None:

@@ -44,6 +44,7 @@ class Tiers:
         plan: LaunchPlan,
         exchange_row_bytes: int,
         timeout_s: float,
+        cpus: list[int],
     ) -> None:
         from commlib.fabric import open_fabric  # here: one node needs no native core
 
@@ -53,7 +54,8 @@ class Tiers:
             config,
             topology,
             exchange_row_bytes=exchange_row_bytes,
-            num_fifos=1 + plan.out_blocks + plan.in_blocks,
+            num_writers=1 + plan.out_blocks + plan.in_blocks,
+            cpus=cpus,
             timeout_s=timeout_s,
         )
         self._transport_text: str = self._fabric.describe_transport()

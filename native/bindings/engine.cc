@@ -120,6 +120,7 @@ void register_config(nb::module_& module) {
       .def_rw("num_experts", &EngineConfig::num_experts)
       .def_rw("num_topk", &EngineConfig::num_topk)
       .def_rw("num_threads", &EngineConfig::num_threads)
+      .def_rw("num_proxy_threads", &EngineConfig::num_proxy_threads)
       .def_rw("chunk_tokens", &EngineConfig::chunk_tokens)
       .def_rw("chunk_bytes", &EngineConfig::chunk_bytes)
       .def_rw("ring_bytes", &EngineConfig::ring_bytes)

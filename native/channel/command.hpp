@@ -43,10 +43,14 @@ COMMLIB_HD Command encode(const CommandFields& fields) {
   return command;
 }
 
+COMMLIB_HD uint32_t channel_of(const Command& command) {
+  return static_cast<uint32_t>((command.lo >> 44) & 0xffff);
+}
+
 COMMLIB_HD CommandFields decode(const Command& command) {
   CommandFields fields;
   fields.kind = static_cast<CommandKind>((command.lo >> 60) & 0x7);
-  fields.channel = static_cast<uint32_t>((command.lo >> 44) & 0xffff);
+  fields.channel = channel_of(command);
   fields.count = static_cast<uint32_t>((command.lo >> 32) & 0xfff);
   fields.bytes = static_cast<uint32_t>(command.lo);
   fields.src_offset = (command.hi >> 32) * kCommandUnit;

@@ -8,8 +8,10 @@
 
 namespace commlib {
 
-constexpr int kMaxFabricRanks = 32;  // one lane per rank, one per node
-constexpr int kMaxFabricFifos = 1 + 2 * kMaxFabricRanks;
+constexpr int kMaxFabricRanks = 32;   // one lane per rank, one per node
+constexpr int kMaxFabricThreads = 8;  // proxy threads
+constexpr int kMaxFabricFifos = (1 + 2 * kMaxFabricRanks) * kMaxFabricThreads;
+constexpr int kMaxFabricChannels = 5 * kMaxFabricRanks;
 
 // One outgoing ring of this rank and its far end.
 struct SendEnd {
@@ -33,18 +35,20 @@ struct FabricState {
   uint64_t combine_received[kMaxFabricRanks];   // [node]
   uint64_t dispatch_received[kMaxFabricRanks];  // [source]
   uint64_t combine_sent[kMaxFabricRanks];       // [source]
-  uint64_t fifo_head[kMaxFabricFifos];
+  uint64_t fifo_head[kMaxFabricFifos];          // [writer][proxy thread]
   uint64_t fifo_cached_tail[kMaxFabricFifos];
   uint32_t node_totals[kMaxFabricRanks];  // own tokens to each node, while they are counted
 };
 
 struct DeviceFabric {
   int32_t num_nodes, node, max_local_ranks, num_in_sources;
+  int32_t num_proxy_threads, reserved;
   uint64_t ring_bytes, chunk_bytes;
   uint8_t* memory;  // the registered region
-  uint8_t* fifos;   // [fifo]: commands, then the tail
+  uint8_t* fifos;   // [writer][proxy thread]: commands, then the tail
   uint64_t fifo_stride, fifo_tail, fifo_capacity;
   uint8_t* completions;  // [channel] line: puts whose local bytes may be reused
+  uint8_t proxy_thread_of[kMaxFabricChannels];  // a channel's commands all take one way
   int32_t node_of[kMaxFabricRanks];
   int32_t local_rank_of[kMaxFabricRanks];
   int32_t remote_nodes[kMaxFabricRanks];           // ascending

@@ -151,14 +151,15 @@ uint64_t ranks_wanted(const Group& group, const RecordEntry* entries, int num_to
 
 class ForwardReduce : public Role {
  public:
-  ForwardReduce(const CombineContext& context, int source, FifoProducer& fifo)
+  ForwardReduce(const CombineContext& context, int source, CommandWriter& writer)
       : Role("forward_reduce", Urgency::kUrgent),
         context_(context),
         group_(context.group()),
         source_(source),
         num_slots_(context.handle->counts.node(source, group_.node())),
         arrivals_(context, source),
-        ring_(context.ring(num_slots_), num_slots_, place(context, source), *context.proxy, fifo) {}
+        ring_(context.ring(num_slots_), num_slots_, place(context, source), *context.proxy,
+              writer) {}
 
   bool step() override {
     bool has_moved = ring_.flush();
@@ -245,7 +246,7 @@ class ForwardReduce : public Role {
 
 class FinalReduce : public Role {
  public:
-  FinalReduce(const CombineContext& context, FifoProducer& fifo)
+  FinalReduce(const CombineContext& context, CommandWriter& writer)
       : Role("final_reduce", Urgency::kUrgent),
         context_(context),
         group_(context.group()),
@@ -256,7 +257,7 @@ class FinalReduce : public Role {
       rings_.push_back(node == group_.node()
                            ? nullptr
                            : std::make_unique<RecvRing>(context.ring(num_slots), num_slots,
-                                                        place(context, node), fifo));
+                                                        place(context, node), writer));
     }
     consumed_.assign(rings_.size(), 0);
     available_.assign(rings_.size(), 0);
@@ -404,13 +405,13 @@ class FinalReduce : public Role {
 }  // namespace
 
 std::vector<std::unique_ptr<Role>> make_combine_roles(const CombineContext& context,
-                                                      std::vector<FifoProducer>& fifos) {
+                                                      std::vector<CommandWriter>& writers) {
   const Group& group = context.group();
   std::vector<std::unique_ptr<Role>> roles;
-  const auto fifo = [&]() -> FifoProducer& { return fifos[roles.size() % fifos.size()]; };
+  const auto writer = [&]() -> CommandWriter& { return writers[roles.size() % writers.size()]; };
   for (int source : group.in_sources(group.rank()))
-    roles.push_back(std::make_unique<ForwardReduce>(context, source, fifo()));
-  roles.push_back(std::make_unique<FinalReduce>(context, fifo()));
+    roles.push_back(std::make_unique<ForwardReduce>(context, source, writer()));
+  roles.push_back(std::make_unique<FinalReduce>(context, writer()));
   // Rows with the longer way home first. Every rank begins with another source, so that all of them
   // finish at about the same time.
   for (const bool is_local : {false, true}) {

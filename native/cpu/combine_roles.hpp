@@ -41,6 +41,6 @@ struct CombineContext {
 };
 
 std::vector<std::unique_ptr<Role>> make_combine_roles(const CombineContext& context,
-                                                      std::vector<FifoProducer>& fifos);
+                                                      std::vector<CommandWriter>& writers);
 
 }  // namespace commlib

@@ -129,7 +129,7 @@ class Push : public Role {
 
 class ScaleOutSend : public Role {
  public:
-  ScaleOutSend(const DispatchContext& context, int node, FifoProducer& fifo)
+  ScaleOutSend(const DispatchContext& context, int node, CommandWriter& writer)
       : Role("scale_out_send", Urgency::kUrgent),
         context_(context),
         node_(node),
@@ -137,7 +137,7 @@ class ScaleOutSend : public Role {
         slot_(context.slot()),
         tokens_(context.handle->tokens_to_node[size_t(node)]),
         ring_(context.ring(tokens_.size()), tokens_.size(), place(context, node), *context.proxy,
-              fifo) {}
+              writer) {}
 
   bool step() override {
     bool has_moved = ring_.flush();
@@ -190,14 +190,14 @@ class ScaleOutSend : public Role {
 
 class Forward : public Role {
  public:
-  Forward(const DispatchContext& context, int source, FifoProducer& fifo)
+  Forward(const DispatchContext& context, int source, CommandWriter& writer)
       : Role("forward", Urgency::kUrgent),
         context_(context),
         source_(source),
         slot_(context.slot()),
         scatter_(context, source),
         num_slots_(context.handle->counts.node(source, context.group().node())),
-        ring_(context.ring(num_slots_), num_slots_, place(context, source), fifo) {}
+        ring_(context.ring(num_slots_), num_slots_, place(context, source), writer) {}
 
   bool step() override {
     const uint64_t end = std::min(ring_.available(), consumed_ + uint64_t(context_.chunk_tokens));
@@ -379,14 +379,14 @@ class ZeroPadding : public Role {
 
 // Roles are dealt to threads in this order, so a channel's commands always come from one FIFO.
 std::vector<std::unique_ptr<Role>> make_dispatch_roles(const DispatchContext& context,
-                                                       std::vector<FifoProducer>& fifos) {
+                                                       std::vector<CommandWriter>& writers) {
   const Group& group = context.group();
   std::vector<std::unique_ptr<Role>> roles;
-  const auto fifo = [&]() -> FifoProducer& { return fifos[roles.size() % fifos.size()]; };
+  const auto writer = [&]() -> CommandWriter& { return writers[roles.size() % writers.size()]; };
   for (int node : group.remote_nodes(group.rank()))
-    roles.push_back(std::make_unique<ScaleOutSend>(context, node, fifo()));
+    roles.push_back(std::make_unique<ScaleOutSend>(context, node, writer()));
   for (int source : group.in_sources(group.rank()))
-    roles.push_back(std::make_unique<Forward>(context, source, fifo()));
+    roles.push_back(std::make_unique<Forward>(context, source, writer()));
   roles.push_back(std::make_unique<Push>(context));
   for (int source = 0; source < group.num_ranks(); ++source)
     roles.push_back(std::make_unique<Expand>(context, source));

@@ -87,6 +87,6 @@ class LocalScatter {
 };
 
 std::vector<std::unique_ptr<Role>> make_dispatch_roles(const DispatchContext& context,
-                                                       std::vector<FifoProducer>& fifos);
+                                                       std::vector<CommandWriter>& writers);
 
 }  // namespace commlib

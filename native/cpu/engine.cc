@@ -39,7 +39,8 @@ FabricConfig fabric_config(const EngineConfig& config) {
   out.rank = config.rank;
   out.node_of_rank = config.node_of_rank;
   out.num_experts = config.num_experts;
-  out.num_fifos = config.num_threads;
+  out.num_writers = config.num_threads;
+  out.num_proxy_threads = config.num_proxy_threads;
   out.exchange_row_bytes = exchange_row_bytes(group);
   out.ring_bytes = config.ring_bytes;
   out.largest_put = std::max(config.chunk_bytes, largest_slot(config));

@@ -18,6 +18,7 @@ struct EngineConfig {
   int num_experts = 0;
   int num_topk = 0;
   int num_threads = 1;
+  int num_proxy_threads = 1;
   int chunk_tokens = 32;
   size_t chunk_bytes = 64 << 10;
   size_t ring_bytes = 512 << 10;

@@ -12,11 +12,11 @@ uint64_t hash_text(const char* text) {  // FNV-1a
   return hash;
 }
 
-Exchange::Exchange(const Mesh& mesh, const Proxy& proxy, FifoProducer& fifo, uint64_t epoch,
+Exchange::Exchange(const Mesh& mesh, const Proxy& proxy, CommandWriter& writer, uint64_t epoch,
                    const ExchangeHeader& header, const OwnCounts* counts)
     : mesh_(mesh),
       proxy_(proxy),
-      fifo_(fifo),
+      writer_(writer),
       epoch_(epoch),
       row_bytes_(exchange_row_bytes(mesh.group())),
       row_(row_bytes_),
@@ -70,8 +70,8 @@ bool Exchange::publish() {
     const int node = remote_nodes_[num_posted_];
     const RegisteredRegion& there = mesh_.registered_of(mesh_.group().rail(me, node));
     const uint32_t channel = proxy_.channels().to_node(ChannelPurpose::kExchange, node);
-    if (!fifo_.push(encode({CommandKind::kPut, channel, 1, uint32_t(row_bytes_), out,
-                            there.exchange_row_in_of(epoch_, me)})))
+    if (!writer_.push(encode({CommandKind::kPut, channel, 1, uint32_t(row_bytes_), out,
+                              there.exchange_row_in_of(epoch_, me)})))
       return is_first;
   }
   is_published_ = true;

@@ -44,7 +44,7 @@ struct ExchangeTable {
 // other nodes send to this rank.
 class Exchange {
  public:
-  Exchange(const Mesh& mesh, const Proxy& proxy, FifoProducer& fifo, uint64_t epoch,
+  Exchange(const Mesh& mesh, const Proxy& proxy, CommandWriter& writer, uint64_t epoch,
            const ExchangeHeader& header, const OwnCounts* counts);
 
   bool step();
@@ -62,7 +62,7 @@ class Exchange {
 
   const Mesh& mesh_;
   const Proxy& proxy_;
-  FifoProducer& fifo_;
+  CommandWriter& writer_;
   uint64_t epoch_;
   size_t row_bytes_;
   std::vector<uint8_t> row_;

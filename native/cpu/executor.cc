@@ -25,7 +25,7 @@ constexpr int kMaxWaitSleepUs = 100;
 
 Executor::Executor(Mesh& mesh, Proxy& proxy, FaultBoard& board, const ExecutorConfig& config)
     : mesh_(mesh), proxy_(proxy), board_(board), config_(config), totals_(mesh.group()) {
-  for (int i = 0; i < config.num_threads; ++i) fifos_.push_back(FifoProducer{proxy.fifo(i)});
+  for (int i = 0; i < config.num_threads; ++i) writers_.push_back(proxy.writer(i));
 }
 
 Executor::~Executor() { stop(outcome_of(OutcomeKind::kRejected)); }
@@ -166,7 +166,7 @@ Outcome Executor::negotiate(Op& op, OwnCounts* own, ExchangeTable* table, uint64
 
 Outcome Executor::run_exchange(Op& op, ExchangeHeader header, const OwnCounts* counts,
                                ExchangeTable* table) {
-  Exchange exchange(mesh_, proxy_, fifos_[0], ++epoch_, header, counts);
+  Exchange exchange(mesh_, proxy_, writers_[0], ++epoch_, header, counts);
   Backoff backoff(kMaxWaitSleepUs);
   const double begin = now_s();
   double last_progress = begin;
@@ -223,7 +223,7 @@ Outcome Executor::run_dispatch(Op& op, OwnCounts own, const ExchangeTable& table
     context.landing[size_t(rank)] = dispatch_landing(group, op.handle->counts, context.shape, rank);
   op.landing = context.landing[size_t(group.rank())];
 
-  Outcome outcome = run_roles(op, make_dispatch_roles(context, fifos_), epoch);
+  Outcome outcome = run_roles(op, make_dispatch_roles(context, writers_), epoch);
   if (outcome.kind != OutcomeKind::kDone) return outcome;
   op.output = grant_->split_front(op.landing.output_bytes);
   if (is_fresh)
@@ -251,7 +251,7 @@ Outcome Executor::run_combine(Op& op, const ExchangeTable& table, uint64_t epoch
   for (int rank : group.peers())
     context.landing[size_t(rank)] =
         std::make_unique<CombineLanding>(group, op.handle->counts, context.slot.slot_bytes, rank);
-  return run_roles(op, make_combine_roles(context, fifos_), epoch);
+  return run_roles(op, make_combine_roles(context, writers_), epoch);
 }
 
 Outcome Executor::run_roles(Op& op, std::vector<std::unique_ptr<Role>> roles, uint64_t epoch) {

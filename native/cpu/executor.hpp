@@ -84,7 +84,7 @@ class Executor {
   FaultBoard& board_;
   ExecutorConfig config_;
   RingTotals totals_;
-  std::vector<FifoProducer> fifos_;
+  std::vector<CommandWriter> writers_;
   uint64_t epoch_ = 0;
   std::shared_ptr<Slab> grant_;
   std::function<bool(const char*)> filter_;

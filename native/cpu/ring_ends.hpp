@@ -2,7 +2,6 @@
 // the Runtime, and agree at both ends when no operation is under way.
 #pragma once
 
-#include "channel/fifo.hpp"
 #include "channel/ring.hpp"
 #include "memory/mesh.hpp"
 #include "proxy/proxy.hpp"
@@ -21,12 +20,12 @@ class SendRing {
   };
 
   SendRing(const RingGeometry& ring, uint64_t num_slots, const Place& place, const Proxy& proxy,
-           FifoProducer& fifo)
+           CommandWriter& writer)
       : ring_(ring),
         num_slots_(num_slots),
         place_(place),
         proxy_(proxy),
-        fifo_(fifo),
+        writer_(writer),
         begin_(*place.total) {}
 
   // Where the next slot goes; nullptr while the ring or the FIFO is full.
@@ -65,7 +64,7 @@ class SendRing {
     const Command command =
         encode({CommandKind::kPut, place_.channel, 1, uint32_t(slots * ring_.slot_bytes),
                 place_.local_offset + offset, place_.remote_offset + offset});
-    if (!fifo_.push(command)) return false;
+    if (!writer_.push(command)) return false;
     pending_ = false;
     ++*place_.total;
     return true;
@@ -75,7 +74,7 @@ class SendRing {
   uint64_t num_slots_;
   Place place_;
   const Proxy& proxy_;
-  FifoProducer& fifo_;
+  CommandWriter& writer_;
   uint64_t begin_;
   uint64_t written_ = 0;
   bool pending_ = false;
@@ -90,8 +89,8 @@ class RecvRing {
     uint64_t* total;  // chunks drained over the life of the ring
   };
 
-  RecvRing(const RingGeometry& ring, uint64_t num_slots, const Place& place, FifoProducer& fifo)
-      : ring_(ring), num_slots_(num_slots), place_(place), fifo_(fifo), begin_(*place.total) {}
+  RecvRing(const RingGeometry& ring, uint64_t num_slots, const Place& place, CommandWriter& writer)
+      : ring_(ring), num_slots_(num_slots), place_(place), writer_(writer), begin_(*place.total) {}
 
   // Slots of this operation that have arrived.
   uint64_t available() const {
@@ -108,7 +107,7 @@ class RecvRing {
     while (begin_ + chunks > *place_.total) {
       const uint64_t news = begin_ + chunks - *place_.total;
       const uint32_t count = uint32_t(news < kMaxCommandCount ? news : kMaxCommandCount);
-      if (!fifo_.push(encode({CommandKind::kSignal, place_.credit_channel, count, 0, 0, 0})))
+      if (!writer_.push(encode({CommandKind::kSignal, place_.credit_channel, count, 0, 0, 0})))
         return;
       *place_.total += count;
     }
@@ -120,7 +119,7 @@ class RecvRing {
   RingGeometry ring_;
   uint64_t num_slots_;
   Place place_;
-  FifoProducer& fifo_;
+  CommandWriter& writer_;
   uint64_t begin_;
 };
 

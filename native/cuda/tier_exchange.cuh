@@ -22,9 +22,10 @@ __device__ inline uint64_t completed_puts(const Mesh& mesh, uint32_t channel) {
       reinterpret_cast<const uint64_t*>(mesh.fabric->completions + kLine * channel));
 }
 
-// One thread. Waits while the FIFO is full.
-__device__ inline bool push_command(const Mesh& mesh, int fifo, const Command& command) {
+// One thread. Waits while the FIFO is full. Of a writer's FIFOs that to the channel's proxy thread.
+__device__ inline bool push_command(const Mesh& mesh, int writer, const Command& command) {
   DeviceFabric& fabric = *mesh.fabric;
+  const int fifo = writer * fabric.num_proxy_threads + fabric.proxy_thread_of[channel_of(command)];
   uint8_t* base = fabric.fifos + uint64_t(fifo) * fabric.fifo_stride;
   FifoProducer producer{
       {reinterpret_cast<Command*>(base), reinterpret_cast<uint64_t*>(base + fabric.fifo_tail),

@@ -2,6 +2,7 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstring>
 
 namespace commlib {
@@ -10,14 +11,31 @@ namespace {
 constexpr uint64_t kMagic = 0x31626c6d6d6f63ull;  // "commlb1"
 constexpr double kGoodbyeS = 2.0;
 
-// Head of the address blob; the transport's own address follows.
+// Head of the address blob; the addresses of the transports follow, one for each proxy thread.
 struct AddressHead {
   uint64_t magic = kMagic;
   uint64_t config_digest = 0;
   ArenaAddress arena;
   int32_t rank = -1;
-  uint32_t transport_bytes = 0;
+  int32_t num_transports = 0;
+  uint32_t transport_bytes[kMaxProxyThreads] = {};
 };
+
+bool is_ours(const AddressHead& head, int rank, size_t bytes) {
+  if (head.magic != kMagic || head.rank != rank) return false;
+  if (head.num_transports < 0 || head.num_transports > kMaxProxyThreads) return false;
+  size_t expected = sizeof head;
+  for (int i = 0; i < head.num_transports; ++i) expected += head.transport_bytes[i];
+  return bytes == expected;
+}
+
+std::vector<uint8_t> transport_address(const AddressHead& head, const std::vector<uint8_t>& blob,
+                                       int thread) {
+  size_t begin = sizeof head;
+  for (int i = 0; i < thread; ++i) begin += head.transport_bytes[i];
+  const auto from = blob.begin() + ptrdiff_t(begin);
+  return {from, from + ptrdiff_t(head.transport_bytes[thread])};
+}
 
 // Commands name 32 bits of bytes and 32 bits of units inside the registered regions of both ends.
 void check_addresses(const FabricConfig& config, const Group& group, const MemoryConfig& memory) {
@@ -46,18 +64,23 @@ Fabric::Fabric(const FabricConfig& config) : config_(config), pid_(getpid()) {
   const bool has_scale_out = group.num_nodes() > 1;
   mesh_ =
       std::make_unique<Mesh>(std::move(group), memory, config.arena_bytes, config.max_arena_bytes);
-  proxy_ = std::make_unique<Proxy>(*mesh_, board_, config.num_fifos);
-  std::unique_ptr<Transport> transport;
+  proxy_ = std::make_unique<Proxy>(*mesh_, board_, config.num_writers, config.num_proxy_threads);
+  std::vector<std::unique_ptr<Transport>> transports(size_t(proxy_->num_threads()));
   if (has_scale_out) {
     TransportOptions options = config.transport_options;
     options.local_rank = mesh_->group().local_rank_of(config.rank);
     options.node = mesh_->group().node();
-    transport = config.make_transport
-                    ? config.make_transport(proxy_.get(), config.rank)
-                    : make_transport(config.transport, proxy_.get(), config.rank, options);
-    transport->register_region(mesh_->memory().base(), mesh_->memory().bytes());
+    for (int thread = 0; thread < proxy_->num_threads(); ++thread) {
+      auto& transport = transports[size_t(thread)];
+      PutListener* listener = proxy_->listener(thread);
+      transport = config.make_transport
+                      ? config.make_transport(listener, config.rank)
+                      : make_transport(config.transport, listener, config.rank, options);
+      transport->register_region(mesh_->memory().base(), mesh_->memory().bytes());
+    }
   }
-  proxy_->set_transport(std::move(transport), config.heartbeat_timeout_s);
+  proxy_->set_transports(std::move(transports), config.heartbeat_timeout_s);
+  proxy_->set_cpus(config.proxy_cpus);
   proxy_->set_channels(ChannelTable(mesh_->group(), [this](int peer) -> const RegisteredRegion& {
     return mesh_->registered_of(peer);
   }));
@@ -76,12 +99,14 @@ std::vector<uint8_t> Fabric::address() const {
   head.config_digest = config_.config_digest;
   head.arena = mesh_->arena()->address();
   head.rank = config_.rank;
-  std::vector<uint8_t> transport;
-  if (proxy_->transport() != nullptr) transport = proxy_->transport()->address();
-  head.transport_bytes = uint32_t(transport.size());
   std::vector<uint8_t> blob(sizeof head);
+  if (has_transports())
+    for (int thread = 0; thread < proxy_->num_threads(); ++thread) {
+      const std::vector<uint8_t> each = proxy_->transport(thread)->address();
+      head.transport_bytes[head.num_transports++] = uint32_t(each.size());
+      blob.insert(blob.end(), each.begin(), each.end());
+    }
   std::memcpy(blob.data(), &head, sizeof head);
-  blob.insert(blob.end(), transport.begin(), transport.end());
   return blob;
 }
 
@@ -97,8 +122,7 @@ void Fabric::connect(const std::vector<std::vector<uint8_t>>& addresses) {
     if (addresses[rank].size() < sizeof head)
       throw ConfigException("the address of rank " + std::to_string(rank) + " is too short");
     std::memcpy(&head, addresses[rank].data(), sizeof head);
-    if (head.magic != kMagic || head.rank != int(rank) ||
-        addresses[rank].size() != sizeof head + head.transport_bytes)
+    if (!is_ours(head, int(rank), addresses[rank].size()))
       throw ConfigException("the address of rank " + std::to_string(rank) +
                             " is not one of this version of commlib");
     if (head.config_digest != heads[0].config_digest)
@@ -110,10 +134,11 @@ void Fabric::connect(const std::vector<std::vector<uint8_t>>& addresses) {
   for (int rank : group.peers())
     if (rank != group.rank()) mesh_->map_peer(rank, heads[size_t(rank)].arena);
   for (int rank : group.scale_out_peers(group.rank())) {
-    const auto& blob = addresses[size_t(rank)];
-    proxy_->transport()->connect(rank, {blob.begin() + sizeof(AddressHead), blob.end()});
+    const int thread = proxy_->thread_of(rank);
+    proxy_->transport(thread)->connect(
+        rank, transport_address(heads[size_t(rank)], addresses[size_t(rank)], thread));
   }
-  if (proxy_->transport() != nullptr) transport_text_ = proxy_->transport()->describe();
+  if (has_transports()) transport_text_ = describe_threads();
   is_connected_ = true;
 }
 
@@ -143,6 +168,18 @@ void Fabric::stop(bool is_clean) {
   is_stopped_ = true;
   proxy_->stop(is_clean, kGoodbyeS);
   mesh_->unmap_peers();
+}
+
+bool Fabric::has_transports() const { return proxy_->transport() != nullptr; }
+
+std::string Fabric::describe_threads() const {
+  std::string text = proxy_->transport()->describe();
+  if (proxy_->num_threads() > 1) text = std::to_string(proxy_->num_threads()) + " threads: " + text;
+  for (int thread = 1; thread < proxy_->num_threads(); ++thread)
+    text += "; " + proxy_->transport(thread)->describe();
+  if (!config_.proxy_cpus.empty())
+    text += ", on " + std::to_string(config_.proxy_cpus.size()) + " CPUs near the device";
+  return text;
 }
 
 std::string Fabric::describe_transport() const {
@@ -178,6 +215,9 @@ DeviceFabric Fabric::device_view(const FabricView& view, size_t chunk_bytes) con
   }
   const auto line = [](size_t base, int index) { return RegisteredRegion::line(base, index); };
   for (int generation : {0, 1}) out.exchange_out[generation] = here.exchange_row_out_of(generation);
+  out.num_proxy_threads = proxy_->num_threads();
+  const std::vector<uint8_t>& threads = proxy_->thread_of_channel();
+  std::copy(threads.begin(), threads.end(), out.proxy_thread_of);
   int num_remote = 0;
   for (int node : group.remote_nodes(me)) {
     const RegisteredRegion& there = mesh_->registered_of(group.rail(me, node));

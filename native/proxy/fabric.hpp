@@ -16,7 +16,9 @@ struct FabricConfig {
   int rank = 0;
   std::vector<int> node_of_rank;
   int num_experts = 0;
-  int num_fifos = 1;
+  int num_writers = 1;  // threads or blocks that give commands
+  int num_proxy_threads = 1;
+  std::vector<int> proxy_cpus;  // on which these may run; empty: anywhere
   size_t exchange_row_bytes = 0;
   size_t ring_bytes = 512 << 10;
   size_t largest_put = 64 << 10;  // a chunk, or a row if that is larger
@@ -26,7 +28,7 @@ struct FabricConfig {
   uint64_t config_digest = 0;  // ranks that disagree are told so in connect()
   std::string transport = "ucx";
   TransportOptions transport_options;  // local_rank and node are filled in here
-  // Test hook: makes the transport in place of the provider named above.
+  // Test hook: makes the transport of each proxy thread in place of the provider named above.
   std::function<std::unique_ptr<Transport>(PutListener*, int rank)> make_transport;
 };
 
@@ -68,6 +70,8 @@ class Fabric {
   DeviceFabric device_view(const FabricView& view, size_t chunk_bytes) const;
 
  private:
+  bool has_transports() const;
+  std::string describe_threads() const;
   bool is_foreign() const;  // this process is a fork of the one that built it
 
   FabricConfig config_;

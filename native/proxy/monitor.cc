@@ -12,16 +12,19 @@ constexpr uint64_t kClosedBeat = ~0ull;
 
 }  // namespace
 
-Monitor::Monitor(Mesh& mesh, Transport* transport, FaultBoard& board, double heartbeat_timeout_s)
+Monitor::Monitor(Mesh& mesh, Transport* transport, FaultBoard& board, const MonitorShare& share)
     : mesh_(mesh),
       transport_(transport),
       board_(board),
-      heartbeat_timeout_s_(heartbeat_timeout_s),
-      period_s_(std::clamp(heartbeat_timeout_s / 20, 0.002, 0.1)) {
+      heartbeat_timeout_s_(share.heartbeat_timeout_s),
+      has_node_peers_(share.has_node_peers),
+      fault_stage_(share.fault_stage),
+      period_s_(std::clamp(share.heartbeat_timeout_s / 20, 0.002, 0.1)) {
   const Group& group = mesh.group();
-  for (int rank : group.peers())
-    if (rank != group.rank()) peers_.push_back({rank, true, 0, 0});
-  for (int rank : group.scale_out_peers(group.rank())) peers_.push_back({rank, false, 0, 0});
+  if (has_node_peers_)
+    for (int rank : group.peers())
+      if (rank != group.rank()) peers_.push_back({rank, true, 0, 0});
+  for (int rank : share.remote_peers) peers_.push_back({rank, false, 0, 0});
 }
 
 uint64_t Monitor::read_beat(const Peer& peer) const {
@@ -33,7 +36,7 @@ uint64_t Monitor::read_beat(const Peer& peer) const {
 
 void Monitor::beat(uint64_t value) {
   const int me = mesh_.group().rank();
-  store_release(mesh_.arena_word(me, mesh_.control().heartbeat), value);
+  if (has_node_peers_) store_release(mesh_.arena_word(me, mesh_.control().heartbeat), value);
   // Whoever has been told of the fault may leave at any moment; from then on nothing is sent.
   if (spread_) return;
   for (const Peer& peer : peers_) {
@@ -117,7 +120,9 @@ void Monitor::spread_fault() {
     store_release(mesh_.arena_word(peer.rank, mesh_.control().fault_count_of(me)), 1);
   }
   if (transport_ == nullptr) return;
-  std::memcpy(mesh_.memory().base() + mesh_.registered().fault_record_out, &fault, sizeof fault);
+  std::call_once(*fault_stage_, [&] {
+    std::memcpy(mesh_.memory().base() + mesh_.registered().fault_record_out, &fault, sizeof fault);
+  });
   for (const Peer& peer : peers_) {
     if (peer.is_local || peer.rank == fault.peer) continue;
     const RegisteredRegion& there = mesh_.registered_of(peer.rank);

@@ -2,6 +2,7 @@
 // stopped, dead or wedged stops beating; a rank that is merely slow does not.
 #pragma once
 
+#include <mutex>
 #include <vector>
 
 #include "memory/mesh.hpp"
@@ -10,9 +11,21 @@
 
 namespace commlib {
 
+// The record that goes to other nodes lies once in the registered region, and several threads put
+// it.
+using FaultStage = std::once_flag;
+
+// What one of a rank's proxy threads looks after.
+struct MonitorShare {
+  double heartbeat_timeout_s = 10;
+  std::vector<int> remote_peers;
+  bool has_node_peers = true;  // the ranks of the own node, and the own beat there
+  FaultStage* fault_stage = nullptr;
+};
+
 class Monitor {
  public:
-  Monitor(Mesh& mesh, Transport* transport, FaultBoard& board, double heartbeat_timeout_s);
+  Monitor(Mesh& mesh, Transport* transport, FaultBoard& board, const MonitorShare& share);
 
   // Call often; does its work at most once a period. Returns true if it did. Once a fault has been
   // told, only the ranks of the node still get our beats.
@@ -43,6 +56,8 @@ class Monitor {
   Transport* transport_;  // nullptr on one node
   FaultBoard& board_;
   double heartbeat_timeout_s_;
+  bool has_node_peers_;
+  FaultStage* fault_stage_;
   double period_s_;
   double next_tick_ = 0;
   double last_tick_ = 0;

@@ -2,229 +2,101 @@
 
 #include <algorithm>
 
-#include "common/backoff.hpp"
-
 namespace commlib {
 namespace {
 
-// To flush what is left (a fault record, the last good-bye); a peer that does not answer costs
-// this.
-constexpr double kShutdownS = 1.0;
-constexpr int kBatch = 64;  // commands between two rounds of fence and signals, at most
-// Bytes between two rounds of fence and signals, at most: if a full ring went out under one signal,
-// the receiver would begin, and its credits come back, only when the link has run dry.
-constexpr uint64_t kBatchBytes = 128 << 10;
-constexpr uint64_t kNoChannel = ~0ull;  // token of puts that are not channel commands
-
-uint64_t make_token(uint32_t channel, uint64_t index) { return uint64_t(channel) << 48 | index; }
+int useful_threads(const Group& group, int num_threads) {
+  if (num_threads < 1 || num_threads > kMaxProxyThreads)
+    throw ConfigException("num_proxy_threads=" + std::to_string(num_threads) + " is not in 1.." +
+                          std::to_string(kMaxProxyThreads));
+  return std::clamp(group.num_nodes() - 1, 1, num_threads);
+}
 
 }  // namespace
 
-Proxy::Proxy(Mesh& mesh, FaultBoard& board, int num_fifos)
-    : mesh_(mesh), board_(board), fifos_(num_fifos) {
-  for (int i = 0; i < num_fifos; ++i) consumers_.push_back(FifoConsumer{fifos_.fifo(i)});
+Proxy::Proxy(Mesh& mesh, FaultBoard& board, int num_writers, int num_threads)
+    : mesh_(mesh), fifos_(num_writers * useful_threads(mesh.group(), num_threads)) {
+  const int count = useful_threads(mesh.group(), num_threads);
+  for (int thread = 0; thread < count; ++thread) {
+    std::vector<FifoMemory> mine;
+    for (int writer = 0; writer < num_writers; ++writer)
+      mine.push_back(fifos_.fifo(writer * count + thread));
+    threads_.push_back(std::make_unique<ProxyThread>(mesh, board, std::move(mine)));
+  }
 }
 
-Proxy::~Proxy() { stop(false, 0); }
-
-void Proxy::set_transport(std::unique_ptr<Transport> transport, double heartbeat_timeout_s) {
-  transport_ = std::move(transport);
-  monitor_ = std::make_unique<Monitor>(mesh_, transport_.get(), board_, heartbeat_timeout_s);
+void Proxy::set_transports(std::vector<std::unique_ptr<Transport>> transports,
+                           double heartbeat_timeout_s) {
+  for (int thread = 0; thread < num_threads(); ++thread) {
+    MonitorShare share;
+    share.heartbeat_timeout_s = heartbeat_timeout_s;
+    share.fault_stage = &fault_stage_;
+    share.has_node_peers = thread == 0;
+    for (int peer : mesh_.group().scale_out_peers(mesh_.group().rank()))
+      if (thread_of(peer) == thread) share.remote_peers.push_back(peer);
+    threads_[size_t(thread)]->set_transport(std::move(transports[size_t(thread)]), share);
+  }
 }
 
 void Proxy::set_channels(ChannelTable table) {
   table_.emplace(std::move(table));
   const size_t count = table_->specs().size();
   completions_ = std::make_unique<RegisteredMemory>(align_up((count + 1) * kLine, 4096));
+  std::vector<std::vector<ProxyChannel*>> shares(threads_.size(),
+                                                 std::vector<ProxyChannel*>(count));
   for (size_t i = 0; i < count; ++i) {
-    channels_.push_back(std::make_unique<Channel>());
+    channels_.push_back(std::make_unique<ProxyChannel>());
     channels_.back()->spec = table_->specs()[i];
     channels_.back()->completed = reinterpret_cast<uint64_t*>(completions_->base() + i * kLine);
+    thread_of_channel_.push_back(uint8_t(thread_of(channels_.back()->spec.peer)));
+    shares[thread_of_channel_.back()][i] = channels_.back().get();
   }
+  for (size_t thread = 0; thread < threads_.size(); ++thread)
+    threads_[thread]->set_channels(std::move(shares[thread]));
+}
+
+void Proxy::set_cpus(const std::vector<int>& cpus) {
+  for (auto& thread : threads_) thread->set_cpus(cpus);
+}
+
+CommandWriter Proxy::writer(int index) {
+  std::vector<FifoProducer> mine;
+  for (int thread = 0; thread < num_threads(); ++thread)
+    mine.push_back(FifoProducer{fifos_.fifo(index * num_threads() + thread)});
+  return CommandWriter(std::move(mine), thread_of_channel_);
 }
 
 void Proxy::start() {
-  thread_ = std::thread([this] { loop(); });
-}
-
-void Proxy::set_busy(bool is_busy) {
-  is_busy_.store(is_busy, std::memory_order_release);
-  if (is_busy) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    wake_.notify_one();
-  }
+  for (auto& thread : threads_) thread->start();
 }
 
 void Proxy::stop(bool is_clean, double timeout_s) {
-  if (!thread_.joinable()) return;
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    is_clean_stop_ = is_clean;
-    stop_timeout_s_ = timeout_s;
-    stop_.store(true, std::memory_order_release);
-    wake_.notify_one();
-  }
-  thread_.join();
+  for (auto& thread : threads_) thread->begin_stop(is_clean, timeout_s);
+  for (auto& thread : threads_) thread->join();
 }
 
-void Proxy::loop() {
-  // With remote peers an idle proxy must go on progressing: puts over TCP land only if it does.
-  const auto idle_period = std::chrono::duration<double>(
-      transport_ ? std::min(0.0005, monitor_->period_s()) : monitor_->period_s());
-  Backoff backoff(is_eager_ ? 0 : 100);
-  while (!stop_.load(std::memory_order_acquire)) {
-    if (is_frozen_.load(std::memory_order_acquire)) {
-      std::this_thread::sleep_for(std::chrono::milliseconds(1));
-      continue;
-    }
-    int events = drain();
-    if (transport_) {
-      events += transport_->progress();
-      check_transport();
-    }
-    monitor_->tick(now_s());
-    if (events > 0) {
-      backoff.reset();
-    } else if ((is_eager_ || is_busy_.load(std::memory_order_acquire)) && transport_) {
-      backoff.wait();
-    } else {
-      std::unique_lock<std::mutex> lock(mutex_);
-      if (!stop_.load(std::memory_order_relaxed)) wake_.wait_for(lock, idle_period);
-    }
-  }
-  if (is_clean_stop_) {
-    say_goodbye();
-  } else if (board_.raised()) {
-    monitor_->tick(now_s() + 1e6);  // the fault must reach the peers before we go
-  }
-  if (transport_) transport_->shutdown(kShutdownS);
+void Proxy::set_busy(bool is_busy) {
+  for (auto& thread : threads_) thread->set_busy(is_busy);
 }
 
-// Leaves when everything of ours has arrived and every peer has said good-bye as well: a peer that
-// still flushes needs us to progress.
-void Proxy::say_goodbye() {
-  const double deadline = now_s() + stop_timeout_s_;
-  Backoff backoff(100);
-  const auto progress_until = [&](auto&& is_over) {
-    while (now_s() < deadline) {
-      const int events = drain() + (transport_ ? transport_->progress() : 0);
-      if (events > 0)
-        backoff.reset();
-      else if (is_over())
-        return;
-      else
-        backoff.wait();
-    }
-  };
-  const auto is_idle = [this] { return !transport_ || transport_->idle(); };
-  progress_until(is_idle);
-  monitor_->say_closed();
-  progress_until([&] { return is_idle() && monitor_->are_remote_peers_closed(); });
+void Proxy::set_eager() {
+  for (auto& thread : threads_) thread->set_eager();
 }
 
-int Proxy::drain() {
-  // After a fault nobody waits for data any more, and peers leave: what is queued stays here.
-  if (board_.raised()) return 0;
-  int count = 0;
-  for (FifoConsumer& consumer : consumers_) {
-    Command command;
-    uint64_t bytes = 0;
-    for (int i = 0; i < kBatch && bytes < kBatchBytes && consumer.pop(&command); ++i, ++count) {
-      const CommandFields fields = decode(command);
-      post(fields);
-      bytes += fields.bytes;
-    }
-    signal_dirty();
-  }
-  if (count > 0) num_commands_.fetch_add(uint64_t(count), std::memory_order_relaxed);
-  return count;
-}
-
-void Proxy::post(const CommandFields& command) {
-  Channel& channel = *channels_[command.channel];
-  if (command.kind == CommandKind::kPut) {
-    channel.in_flight.push_back(false);
-    const uint64_t token = make_token(command.channel, channel.posted++);
-    auto& bytes = channel.spec.purpose == ChannelPurpose::kExchange ? exchange_bytes_ : data_bytes_;
-    bytes.fetch_add(command.bytes, std::memory_order_relaxed);
-    transport_->put(channel.spec.peer, command.src_offset, command.dst_offset, command.bytes,
-                    token);
-  }
-  channel.total += command.count;
-  if (!channel.is_dirty) {
-    channel.is_dirty = true;
-    dirty_.push_back(&channel);
-  }
-}
-
-// One fence per peer, then the counters of all its channels that moved.
-void Proxy::signal_dirty() {
-  if (dirty_.empty()) return;
-  std::sort(dirty_.begin(), dirty_.end(),
-            [](const Channel* a, const Channel* b) { return a->spec.peer < b->spec.peer; });
-  int fenced_peer = -1;
-  for (Channel* channel : dirty_) {
-    if (channel->spec.peer != fenced_peer) {
-      fenced_peer = channel->spec.peer;
-      // Partner: the acquire load of the counter at the peer (forward, final_reduce, exchange).
-      transport_->fence(fenced_peer);
-    }
-    transport_->put_signal(fenced_peer, channel->spec.remote_signal_offset, channel->total);
-    channel->is_dirty = false;
-  }
-  num_signals_.fetch_add(dirty_.size(), std::memory_order_relaxed);
-  dirty_.clear();
-}
-
-void Proxy::on_put_complete(uint64_t token) {
-  if (token == kNoChannel) return;
-  const uint64_t number = token >> 48;
-  const uint64_t index = token & ((1ull << 48) - 1);
-  if (number >= channels_.size() || index >= channels_[number]->posted)
-    return raise_unknown_token(number, index);
-  Channel& channel = *channels_[number];
-  uint64_t completed = load_relaxed(channel.completed);
-  // The first report of a put stands; a provider that repeats one has lost nothing of ours.
-  if (index < completed) return;
-  channel.in_flight[index - completed] = true;
-  while (!channel.in_flight.empty() && channel.in_flight.front()) {
-    channel.in_flight.pop_front();
-    ++completed;
-  }
-  store_release(channel.completed, completed);  // partner: completed(), or the kernel's load
-}
-
-// The provider is out of its mind: slots may be reused while it reads them.
-void Proxy::raise_unknown_token(uint64_t channel, uint64_t index) {
-  FaultRecord record;
-  record.kind = FaultKind::kTransport;
-  record.rank = mesh_.group().rank();
-  record.seen = index;
-  if (channel < channels_.size()) record.expected = channels_[channel]->posted;
-  record.set_phase("transport/completion");
-  record.set_detail(("channel " + std::to_string(channel) + " has posted fewer puts").c_str());
-  board_.raise(record);
-}
-
-void Proxy::check_transport() {
-  while (const auto fault = transport_->take_fault()) {
-    // A peer that leaves because of a fault tells of it before its connection breaks: the fault is
-    // the cause, and the news of it lies here already.
-    monitor_->collect_faults();
-    if (board_.raised() || (fault->peer >= 0 && monitor_->is_closed(fault->peer))) continue;
-    FaultRecord record;
-    record.kind = fault->peer >= 0 ? FaultKind::kPeerLost : FaultKind::kTransport;
-    record.rank = mesh_.group().rank();
-    record.peer = fault->peer;
-    record.code = fault->code;
-    record.set_phase(("transport/" + fault->call).c_str());
-    record.set_detail(fault->message.c_str());
-    board_.raise(record);
-  }
+void Proxy::set_frozen(bool is_frozen) {
+  for (auto& thread : threads_) thread->set_frozen(is_frozen);
 }
 
 ProxyCounters Proxy::counters() const {
-  return {num_commands_.load(), data_bytes_.load(), exchange_bytes_.load(), num_signals_.load()};
+  ProxyCounters sum;
+  for (const auto& thread : threads_) {
+    const ProxyCounters each = thread->counters();
+    sum.commands += each.commands;
+    sum.data_bytes += each.data_bytes;
+    sum.exchange_bytes += each.exchange_bytes;
+    sum.signals += each.signals;
+  }
+  return sum;
 }
 
 }  // namespace commlib

@@ -1,22 +1,21 @@
-// The proxy thread: turns commands into puts, keeps the transport progressing at all times, beats.
+// The proxy threads of a rank. Each has a transport and some of the other nodes: a channel's
+// commands all pass through one thread, in order. Every writer has a FIFO to each of them.
 #pragma once
 
-#include <atomic>
-#include <condition_variable>
-#include <deque>
 #include <memory>
-#include <mutex>
 #include <optional>
-#include <thread>
 #include <vector>
 
-#include "channel/fifo.hpp"
+#include "channel/device_fabric.hpp"
 #include "proxy/channel_table.hpp"
-#include "proxy/monitor.hpp"
+#include "proxy/command_writer.hpp"
+#include "proxy/proxy_thread.hpp"
 
 namespace commlib {
 
-// Memory of all FIFOs of a rank in one piece, so that a GPU can map it.
+constexpr int kMaxProxyThreads = kMaxFabricThreads;
+
+// Memory of all FIFOs of a rank in one piece, so that a GPU can map it: [writer][thread].
 class FifoBank {
  public:
   static constexpr uint64_t kCapacity = 1024;
@@ -34,27 +33,36 @@ class FifoBank {
   RegisteredMemory memory_;
 };
 
-struct ProxyCounters {
-  uint64_t commands = 0;
-  uint64_t data_bytes = 0;  // bytes of kPut commands on the data channels
-  uint64_t exchange_bytes = 0;
-  uint64_t signals = 0;
-};
+// Both ends of a connection must say the same: the sum of two nodes' numbers does not depend on who
+// asks, and runs through all threads as the peer's node does.
+inline int proxy_thread_of(const Group& group, int peer, int num_threads) {
+  return (group.node() + group.node_of(peer)) % num_threads;
+}
 
-class Proxy : public PutListener {
+class Proxy {
  public:
-  // One FIFO per executor thread. transport may be set once, before start(); nullptr: one node.
-  Proxy(Mesh& mesh, FaultBoard& board, int num_fifos);
-  ~Proxy() override;
+  // A writer is an executor thread or a block of a kernel. More threads than other nodes are of no
+  // use and not made.
+  Proxy(Mesh& mesh, FaultBoard& board, int num_writers, int num_threads = 1);
+  ~Proxy() { stop(false, 0); }
 
-  void set_transport(std::unique_ptr<Transport> transport, double heartbeat_timeout_s);
+  int num_threads() const { return int(threads_.size()); }
+  // Who hears of the puts of a thread's transport.
+  PutListener* listener(int thread = 0) { return threads_[size_t(thread)].get(); }
+  // [thread]; once, before start(). nullptr: one node.
+  void set_transports(std::vector<std::unique_ptr<Transport>> transports,
+                      double heartbeat_timeout_s);
   void set_channels(ChannelTable table);
+  void set_cpus(const std::vector<int>& cpus);
   const ChannelTable& channels() const { return *table_; }
+  int thread_of(int peer) const { return proxy_thread_of(mesh_.group(), peer, num_threads()); }
+  // [channel]
+  const std::vector<uint8_t>& thread_of_channel() const { return thread_of_channel_; }
   void start();
-  // Drains the FIFOs, says good-bye if `is_clean`, shuts the transport down, joins. Idempotent.
+  // Drains the FIFOs, says good-bye if `is_clean`, shuts the transports down, joins. Idempotent.
   void stop(bool is_clean, double timeout_s);
 
-  FifoMemory fifo(int index) const { return fifos_.fifo(index); }
+  CommandWriter writer(int index);
   const RegisteredMemory& fifo_memory() const { return fifos_.memory(); }
   // [channel] line: what completed() returns.
   const RegisteredMemory& completions() const { return *completions_; }
@@ -62,60 +70,24 @@ class Proxy : public PutListener {
   uint64_t completed(uint32_t channel) const {
     return load_acquire(channels_[channel]->completed);  // partner: on_put_complete
   }
-  // Operations under way: while there are any the thread yields, else it sleeps between ticks.
+  // Operations under way: while there are any the threads yield, else they sleep between ticks.
   void set_busy(bool is_busy);
   // Before start(): never sleeps. For commands that come from a GPU, which wakes nobody.
-  void set_eager() { is_eager_ = true; }
-  // Test hook: the thread stands still, as in a stopped process: no puts, no progress, no beat.
-  void set_frozen(bool is_frozen) { is_frozen_.store(is_frozen, std::memory_order_release); }
-  ProxyCounters counters() const;
-  Transport* transport() const { return transport_.get(); }
-
-  void on_put_complete(uint64_t token) override;
+  void set_eager();
+  // Test hook: the threads stand still, as in a stopped process: no puts, no progress, no beat.
+  void set_frozen(bool is_frozen);
+  ProxyCounters counters() const;  // of all threads
+  Transport* transport(int thread = 0) const { return threads_[size_t(thread)]->transport(); }
 
  private:
-  struct Channel {
-    ChannelSpec spec;
-    uint64_t total = 0;   // running total of counts: the value of the peer's counter
-    uint64_t posted = 0;  // puts
-    bool is_dirty = false;
-    std::deque<bool> in_flight;     // oldest first: completed yet?
-    uint64_t* completed = nullptr;  // in completions_: prefix of puts that completed
-  };
-
-  void loop();
-  int drain();
-  void post(const CommandFields& command);
-  void signal_dirty();
-  void say_goodbye();
-  void check_transport();
-  void raise_unknown_token(uint64_t channel, uint64_t index);
-
   Mesh& mesh_;
-  FaultBoard& board_;
-  std::unique_ptr<Transport> transport_;
-  std::unique_ptr<Monitor> monitor_;
   FifoBank fifos_;
   std::unique_ptr<RegisteredMemory> completions_;
-  std::vector<FifoConsumer> consumers_;
-  std::vector<std::unique_ptr<Channel>> channels_;
-  std::vector<Channel*> dirty_;
+  std::vector<std::unique_ptr<ProxyChannel>> channels_;
+  std::vector<uint8_t> thread_of_channel_;
   std::optional<ChannelTable> table_;
-
-  std::thread thread_;
-  std::atomic<bool> stop_{false};
-  std::atomic<bool> is_busy_{false};
-  std::atomic<bool> is_frozen_{false};
-  bool is_clean_stop_ = false;
-  bool is_eager_ = false;
-  double stop_timeout_s_ = 0;
-  std::mutex mutex_;
-  std::condition_variable wake_;
-
-  std::atomic<uint64_t> num_commands_{0};
-  std::atomic<uint64_t> data_bytes_{0};
-  std::atomic<uint64_t> exchange_bytes_{0};
-  std::atomic<uint64_t> num_signals_{0};
+  FaultStage fault_stage_;
+  std::vector<std::unique_ptr<ProxyThread>> threads_;
 };
 
 }  // namespace commlib

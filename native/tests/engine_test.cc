@@ -21,6 +21,7 @@ struct Case {
   int num_threads = 1;
   size_t ring_bytes = 64 << 10;
   size_t chunk_bytes = 8 << 10;
+  int num_proxy_threads = 1;
 };
 
 EngineConfig config_of(const Case& c) {
@@ -30,6 +31,7 @@ EngineConfig config_of(const Case& c) {
   config.num_experts = c.num_experts;
   config.num_topk = c.num_topk;
   config.num_threads = c.num_threads;
+  config.num_proxy_threads = c.num_proxy_threads;
   config.chunk_tokens = 4;
   config.ring_bytes = c.ring_bytes;
   config.chunk_bytes = c.chunk_bytes;
@@ -170,6 +172,16 @@ TEST_CASE("one expert per rank, all masked rank") {
 }
 TEST_CASE("two threads per rank") {
   run_case({{0, 0, 1, 1}, 8, 3, 32, {40, 22, 31, 50}, 0.1, 1, 2});
+}
+TEST_CASE("several proxy threads per rank") {
+  for (const int proxies : {2, 3, 8}) {
+    Case c{{0, 0, 1, 1, 2, 2, 3, 3}, 16, 5, 32, {40, 22, 31, 50, 0, 17, 9, 33}, 0.1, 1, 2};
+    c.num_proxy_threads = proxies;
+    run_case(c);
+  }
+  Case uneven{{0, 0, 0, 1, 2, 2}, 12, 4, 16, {9, 8, 30, 12, 5, 14}};
+  uneven.num_proxy_threads = 2;
+  run_case(uneven);
 }
 TEST_CASE("ring wraps many times") {
   run_case({{0, 1}, 4, 2, 64, {400, 300}, 0, 1, 1, 4 << 10, 1 << 10}, 3);

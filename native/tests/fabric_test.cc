@@ -19,14 +19,15 @@ using namespace commlib::testing;
 namespace {
 
 constexpr size_t kRowBytes = 256, kRingBytes = 16384, kChunkBytes = 2048;
-constexpr int kFifos = 3;
+constexpr int kWriters = 3;
 
-FabricConfig config_of(int rank, const std::vector<int>& nodes) {
+FabricConfig config_of(int rank, const std::vector<int>& nodes, int num_proxy_threads = 1) {
   FabricConfig config;
   config.rank = rank;
   config.node_of_rank = nodes;
   config.num_experts = int(nodes.size());
-  config.num_fifos = kFifos;
+  config.num_writers = kWriters;
+  config.num_proxy_threads = num_proxy_threads;
   config.exchange_row_bytes = kRowBytes;
   config.ring_bytes = kRingBytes;
   config.heartbeat_timeout_s = 60;
@@ -38,10 +39,10 @@ FabricConfig config_of(int rank, const std::vector<int>& nodes) {
 
 class Fabrics {
  public:
-  explicit Fabrics(const std::vector<int>& nodes) {
+  explicit Fabrics(const std::vector<int>& nodes, int num_proxy_threads = 1) {
     std::vector<std::vector<uint8_t>> addresses;
     for (int rank = 0; rank < int(nodes.size()); ++rank) {
-      fabrics_.push_back(std::make_unique<Fabric>(config_of(rank, nodes)));
+      fabrics_.push_back(std::make_unique<Fabric>(config_of(rank, nodes, num_proxy_threads)));
       addresses.push_back(fabrics_.back()->address());
     }
     for (auto& fabric : fabrics_) fabric->connect(addresses);
@@ -71,10 +72,18 @@ class Fabrics {
   std::vector<std::unique_ptr<Fabric>> fabrics_;
 };
 
-FifoProducer producer_of(DeviceFabric& view, int fifo) {
+// As push_command in native/cuda/tier_exchange.cuh does it.
+bool push(DeviceFabric& view, int writer, const CommandFields& fields) {
+  const int fifo = writer * view.num_proxy_threads + view.proxy_thread_of[fields.channel];
   uint8_t* base = view.fifos + uint64_t(fifo) * view.fifo_stride;
-  return {{reinterpret_cast<Command*>(base), reinterpret_cast<uint64_t*>(base + view.fifo_tail),
-           view.fifo_capacity}};
+  FifoProducer producer{{reinterpret_cast<Command*>(base),
+                         reinterpret_cast<uint64_t*>(base + view.fifo_tail), view.fifo_capacity},
+                        view.state.fifo_head[fifo],
+                        view.state.fifo_cached_tail[fifo]};
+  const bool is_pushed = producer.push(encode(fields));
+  view.state.fifo_head[fifo] = producer.head;
+  view.state.fifo_cached_tail[fifo] = producer.cached_tail;
+  return is_pushed;
 }
 
 uint64_t word(const DeviceFabric& view, uint64_t offset) {
@@ -99,89 +108,116 @@ struct Lane {  // one ring, both ends
 
 }  // namespace
 
-TEST_CASE("rings, counts, credits and completions lie where the device view says") {
-  for (const std::vector<int>& nodes :
-       {std::vector<int>{0, 0, 1, 1}, {0, 0, 1}, {0, 1, 2, 2, 2, 3}}) {
-    Fabrics fabrics(nodes);
-    const int ranks = int(nodes.size());
-    std::vector<DeviceFabric> views;
-    for (int rank = 0; rank < ranks; ++rank) views.push_back(fabrics.view(rank));
-    std::vector<Lane> lanes;
+namespace {
+
+void check_device_view(const std::vector<int>& nodes, int num_proxy_threads) {
+  Fabrics fabrics(nodes, num_proxy_threads);
+  const int ranks = int(nodes.size());
+  std::vector<DeviceFabric> views;
+  for (int rank = 0; rank < ranks; ++rank) views.push_back(fabrics.view(rank));
+  std::vector<Lane> lanes;
+  for (int rank = 0; rank < ranks; ++rank) {
+    DeviceFabric& own = views[size_t(rank)];
+    REQUIRE(own.num_in_sources == int(fabrics[rank].mesh().group().in_sources(rank).size()));
+    for (int i = 0; i < own.num_nodes - 1; ++i) {
+      const int node = own.remote_nodes[i], rail = own.rail[rank][node];
+      REQUIRE(own.node_of[rail] == node);
+      DeviceFabric& there = views[size_t(rail)];
+      REQUIRE(there.source_index[rank] >= 0);
+      REQUIRE(there.in_sources[there.source_index[rank]] == rank);
+      lanes.push_back(
+          {rank, rail, &own, &there, own.dispatch_send[node], there.dispatch_recv[rank], 0});
+      lanes.push_back(
+          {rail, rank, &there, &own, there.combine_send[rank], own.combine_recv[node], 1});
+    }
+  }
+  const RingGeometry ring = make_ring(kRingBytes, kChunkBytes, 512, 64);
+  REQUIRE(ring.slots_per_chunk == 4);
+  for (DeviceFabric& view : views) {
+    REQUIRE(view.ring_bytes == kRingBytes);
+    REQUIRE(view.chunk_bytes == kChunkBytes);
+  }
+  // Twice around every ring.
+  for (uint64_t chunk = 0; chunk < 2 * ring.num_chunks; ++chunk) {
+    for (const Lane& lane : lanes) {
+      const uint64_t offset = ring.chunk_offset(chunk);
+      std::memset(lane.sender->memory + lane.send.local_offset + offset,
+                  pattern(lane.from, lane.to, chunk, lane.kind), ring.chunk_bytes());
+      REQUIRE(push(*lane.sender, 1,
+                   {CommandKind::kPut, lane.send.channel, 1, uint32_t(ring.chunk_bytes()),
+                    lane.send.local_offset + offset, lane.send.remote_offset + offset}));
+    }
+    for (const Lane& lane : lanes) {
+      REQUIRE(wait_until([&] { return word(*lane.receiver, lane.recv.count) == chunk + 1; }));
+      const uint8_t* at = lane.receiver->memory + lane.recv.local_offset + ring.chunk_offset(chunk);
+      const uint8_t want = pattern(lane.from, lane.to, chunk, lane.kind);
+      REQUIRE(std::all_of(at, at + ring.chunk_bytes(), [&](uint8_t b) { return b == want; }));
+      REQUIRE(
+          push(*lane.receiver, 2, {CommandKind::kSignal, lane.recv.credit_channel, 1, 0, 0, 0}));
+    }
+    for (const Lane& lane : lanes) {
+      REQUIRE(wait_until([&] {
+        return word(*lane.sender, lane.send.credit) == chunk + 1 &&
+               completed(*lane.sender, lane.send.channel) == chunk + 1;
+      }));
+    }
+  }
+  // Exchange rows of two epochs.
+  for (uint64_t epoch : {1, 2}) {
     for (int rank = 0; rank < ranks; ++rank) {
       DeviceFabric& own = views[size_t(rank)];
-      REQUIRE(own.num_in_sources == int(fabrics[rank].mesh().group().in_sources(rank).size()));
+      const uint64_t out = own.exchange_out[epoch & 1];
+      std::memset(own.memory + out, pattern(rank, 0, epoch, 2), kRowBytes);
       for (int i = 0; i < own.num_nodes - 1; ++i) {
-        const int node = own.remote_nodes[i], rail = own.rail[rank][node];
-        REQUIRE(own.node_of[rail] == node);
-        DeviceFabric& there = views[size_t(rail)];
-        REQUIRE(there.source_index[rank] >= 0);
-        REQUIRE(there.in_sources[there.source_index[rank]] == rank);
-        lanes.push_back(
-            {rank, rail, &own, &there, own.dispatch_send[node], there.dispatch_recv[rank], 0});
-        lanes.push_back(
-            {rail, rank, &there, &own, there.combine_send[rank], own.combine_recv[node], 1});
+        const int node = own.remote_nodes[i];
+        REQUIRE(push(own, 0,
+                     {CommandKind::kPut, own.exchange_channel[node], 1, uint32_t(kRowBytes), out,
+                      own.exchange_remote[epoch & 1][node]}));
       }
     }
-    const RingGeometry ring = make_ring(kRingBytes, kChunkBytes, 512, 64);
-    REQUIRE(ring.slots_per_chunk == 4);
-    std::vector<std::vector<FifoProducer>> fifos;
-    for (DeviceFabric& view : views) {
-      REQUIRE(view.ring_bytes == kRingBytes);
-      REQUIRE(view.chunk_bytes == kChunkBytes);
-      fifos.emplace_back();
-      for (int i = 0; i < kFifos; ++i) fifos.back().push_back(producer_of(view, i));
-    }
-    // Twice around every ring.
-    for (uint64_t chunk = 0; chunk < 2 * ring.num_chunks; ++chunk) {
-      for (const Lane& lane : lanes) {
-        const uint64_t offset = ring.chunk_offset(chunk);
-        std::memset(lane.sender->memory + lane.send.local_offset + offset,
-                    pattern(lane.from, lane.to, chunk, lane.kind), ring.chunk_bytes());
-        REQUIRE(fifos[size_t(lane.from)][1].push(
-            encode({CommandKind::kPut, lane.send.channel, 1, uint32_t(ring.chunk_bytes()),
-                    lane.send.local_offset + offset, lane.send.remote_offset + offset})));
-      }
-      for (const Lane& lane : lanes) {
-        REQUIRE(wait_until([&] { return word(*lane.receiver, lane.recv.count) == chunk + 1; }));
-        const uint8_t* at =
-            lane.receiver->memory + lane.recv.local_offset + ring.chunk_offset(chunk);
-        const uint8_t want = pattern(lane.from, lane.to, chunk, lane.kind);
-        REQUIRE(std::all_of(at, at + ring.chunk_bytes(), [&](uint8_t b) { return b == want; }));
-        REQUIRE(fifos[size_t(lane.to)][2].push(
-            encode({CommandKind::kSignal, lane.recv.credit_channel, 1, 0, 0, 0})));
-      }
-      for (const Lane& lane : lanes) {
-        REQUIRE(wait_until([&] {
-          return word(*lane.sender, lane.send.credit) == chunk + 1 &&
-                 completed(*lane.sender, lane.send.channel) == chunk + 1;
-        }));
-      }
-    }
-    // Exchange rows of two epochs.
-    for (uint64_t epoch : {1, 2}) {
-      for (int rank = 0; rank < ranks; ++rank) {
-        DeviceFabric& own = views[size_t(rank)];
-        const uint64_t out = own.exchange_out[epoch & 1];
-        std::memset(own.memory + out, pattern(rank, 0, epoch, 2), kRowBytes);
-        for (int i = 0; i < own.num_nodes - 1; ++i) {
-          const int node = own.remote_nodes[i];
-          REQUIRE(fifos[size_t(rank)][0].push(
-              encode({CommandKind::kPut, own.exchange_channel[node], 1, uint32_t(kRowBytes), out,
-                      own.exchange_remote[epoch & 1][node]})));
-        }
-      }
-      for (int rank = 0; rank < ranks; ++rank) {
-        DeviceFabric& own = views[size_t(rank)];
-        for (int i = 0; i < own.num_in_sources; ++i) {
-          const int source = own.in_sources[i];
-          REQUIRE(wait_until([&] { return word(own, own.exchange_count[source]) == epoch; }));
-          const uint8_t* at = own.memory + own.exchange_in[epoch & 1][source];
-          CHECK(at[0] == pattern(source, 0, epoch, 2));
-          CHECK(at[kRowBytes - 1] == at[0]);
-        }
+    for (int rank = 0; rank < ranks; ++rank) {
+      DeviceFabric& own = views[size_t(rank)];
+      for (int i = 0; i < own.num_in_sources; ++i) {
+        const int source = own.in_sources[i];
+        REQUIRE(wait_until([&] { return word(own, own.exchange_count[source]) == epoch; }));
+        const uint8_t* at = own.memory + own.exchange_in[epoch & 1][source];
+        CHECK(at[0] == pattern(source, 0, epoch, 2));
+        CHECK(at[kRowBytes - 1] == at[0]);
       }
     }
   }
+}
+
+}  // namespace
+
+TEST_CASE("rings, counts, credits and completions lie where the device view says") {
+  for (const std::vector<int>& nodes :
+       {std::vector<int>{0, 0, 1, 1}, {0, 0, 1}, {0, 1, 2, 2, 2, 3}})
+    check_device_view(nodes, 1);
+}
+
+TEST_CASE("the same with several proxy threads, each of which serves some nodes") {
+  const std::vector<int> nodes = {0, 1, 2, 2, 2, 3};
+  for (const int threads : {2, 3, 8}) {
+    check_device_view(nodes, threads);
+    Fabrics fabrics(nodes, threads);
+    const DeviceFabric view = fabrics.view(0);
+    CHECK(view.num_proxy_threads == std::min(threads, 3));
+    std::vector<bool> is_used(size_t(view.num_proxy_threads));
+    for (int node : {1, 2, 3}) {
+      const uint8_t thread = view.proxy_thread_of[view.exchange_channel[node]];
+      REQUIRE(thread < view.num_proxy_threads);
+      is_used[thread] = true;
+      // All channels to a peer, and the peer's to us, pass through threads of one number.
+      CHECK(view.proxy_thread_of[view.dispatch_send[node].channel] == thread);
+      const int rail = view.rail[0][node];
+      const DeviceFabric there = fabrics.view(rail);
+      CHECK(there.proxy_thread_of[there.dispatch_recv[0].credit_channel] == thread);
+    }
+    CHECK(std::all_of(is_used.begin(), is_used.end(), [](bool used) { return used; }));
+  }
+  CHECK_THROWS_WITH_AS(Fabric(config_of(0, nodes, 9)), "num_proxy_threads=9 is not in 1..8",
+                       ConfigException);
 }
 
 TEST_CASE("a fault of one rank reaches all, also one that a kernel has found") {

@@ -22,6 +22,7 @@ constexpr double kLong = 60;
 
 struct FaultBedOptions {
   int num_threads = 1;
+  int num_proxy_threads = 1;
   int impatient = -1;  // this rank has kTimeout, the others kLong; -1: all have kLong
   double timeout_s = kLong;
   double heartbeat_timeout_s = kLong;
@@ -79,6 +80,7 @@ class FaultBed {
     // Every token to every rank, and more of them than fit a ring: nobody gets through alone.
     scene.config = small_config(options.node_of_rank, ranks, ranks, 32);
     scene.config.num_threads = options.num_threads;
+    scene.config.num_proxy_threads = options.num_proxy_threads;
     scene.config.chunk_bytes = 1 << 10;
     scene.config.ring_bytes = 2 << 10;
     scene.config.timeout_s = options.timeout_s;

@@ -63,6 +63,31 @@ TEST_CASE("a stopped process is lost to all within the heartbeat timeout, also t
   }
 }
 
+TEST_CASE("with several proxy threads all ranks of all nodes hear of a lost one") {
+  FaultBedOptions options = with_heartbeat();
+  options.num_proxy_threads = 2;
+  options.node_of_rank = {0, 0, 1, 2, 3};
+  for (const int victim : {1, 2}) {
+    FaultBed bed(options);
+    REQUIRE(bed.is_warm());
+    bed.stall(victim, nullptr);
+    bed.group().engine(victim).proxy().set_frozen(true);
+    const Ops ops = bed.make(OpKind::kDispatch);
+    bed.group().submit(ops);
+    for (int rank = 0; rank < 5; ++rank) {
+      if (rank == victim) continue;
+      const Outcome outcome = ops[size_t(rank)]->wait_for(90);
+      REQUIRE(outcome.kind == OutcomeKind::kFault);
+      check_lost(outcome.fault, victim);
+    }
+    bed.group().engine(victim).proxy().set_frozen(false);
+    CHECK(ops[size_t(victim)]->wait_for(90).kind == OutcomeKind::kFault);
+    const double close_begin = now_s();
+    bed.group().close();
+    CHECK(now_s() - close_begin < 10);
+  }
+}
+
 TEST_CASE("a rank that stops while nothing is under way is lost as well") {
   FaultBed bed(with_heartbeat());
   REQUIRE(bed.is_warm());

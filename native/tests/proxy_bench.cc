@@ -37,7 +37,7 @@ struct Rate {
 class Bench {
  public:
   Bench() : end_(0, {0, 1}, kRingBytes) {
-    end_.set_transport(make_null(&end_.proxy(), 0));
+    end_.set_transport(make_null(end_.proxy().listener(), 0));
     channel_ = end_.proxy().channels().to_node(ChannelPurpose::kDispatchData, 1);
     end_.proxy().start();
     end_.proxy().set_busy(true);
@@ -48,7 +48,7 @@ class Bench {
     const uint64_t goal = end_.proxy().completed(channel_) + count;
     const double begin = now_s(), cpu_begin = proxy_cpu_s();
     for (uint64_t i = 0; i < count; ++i)
-      while (!end_.fifo().push(command())) pause(begin);
+      while (!end_.writer().push(command())) pause(begin);
     while (end_.proxy().completed(channel_) < goal) pause(begin);
     return {double(count) / (now_s() - begin), double(count) / (proxy_cpu_s() - cpu_begin)};
   }
@@ -62,7 +62,7 @@ class Bench {
       if (silence_s > 0) std::this_thread::sleep_for(std::chrono::duration<double>(silence_s));
       const uint64_t goal = end_.proxy().completed(channel_) + 1;
       const double pushed = now_s();
-      end_.fifo().push(command());
+      end_.writer().push(command());
       while (end_.proxy().completed(channel_) < goal) pause(begin);
       seconds.push_back(now_s() - pushed);
     }

@@ -18,21 +18,29 @@ namespace commlib::testing {
 // Memory, fault board and proxy of one rank; what an Engine has without its executor.
 class ProxyEnd {
  public:
-  ProxyEnd(int rank, std::vector<int> node_of_rank, size_t ring_bytes, int num_fifos = 1)
+  ProxyEnd(int rank, std::vector<int> node_of_rank, size_t ring_bytes, int num_writers = 1,
+           int num_threads = 1)
       : mesh_(group_of(rank, std::move(node_of_rank)), MemoryConfig{256, ring_bytes}, 4096,
               1 << 20),
-        proxy_(mesh_, board_, num_fifos),
-        fifo_{proxy_.fifo(0)},
+        proxy_(mesh_, board_, num_writers, num_threads),
+        writer_(proxy_.writer(0)),
         totals_(mesh_.group()) {}
 
   void set_transport(std::unique_ptr<Transport> transport, double heartbeat_timeout_s = 60) {
-    proxy_.set_transport(std::move(transport), heartbeat_timeout_s);
+    std::vector<std::unique_ptr<Transport>> transports;
+    transports.push_back(std::move(transport));
+    set_transports(std::move(transports), heartbeat_timeout_s);
+  }
+  // One for each thread.
+  void set_transports(std::vector<std::unique_ptr<Transport>> transports,
+                      double heartbeat_timeout_s = 60) {
+    proxy_.set_transports(std::move(transports), heartbeat_timeout_s);
     proxy_.set_channels(ChannelTable(mesh_.group(), [this](int peer) -> const RegisteredRegion& {
       return mesh_.registered_of(peer);
     }));
   }
   FakeTransport& use_fake(double heartbeat_timeout_s = 60) {
-    auto transport = std::make_unique<FakeTransport>(&proxy_);
+    auto transport = std::make_unique<FakeTransport>(proxy_.listener());
     FakeTransport& fake = *transport;
     fake.register_region(mesh_.memory().base(), mesh_.memory().bytes());
     set_transport(std::move(transport), heartbeat_timeout_s);
@@ -42,7 +50,7 @@ class ProxyEnd {
   Mesh& mesh() { return mesh_; }
   FaultBoard& board() { return board_; }
   Proxy& proxy() { return proxy_; }
-  FifoProducer& fifo() { return fifo_; }
+  CommandWriter& writer() { return writer_; }
   RingTotals& totals() { return totals_; }
 
   // A word of the registered region that a peer writes.
@@ -76,7 +84,7 @@ class ProxyEnd {
   Mesh mesh_;
   FaultBoard board_;
   Proxy proxy_;
-  FifoProducer fifo_;
+  CommandWriter writer_;
   RingTotals totals_;
 };
 
@@ -88,7 +96,7 @@ class ProxyPair {
               std::make_unique<ProxyEnd>(1, std::vector<int>{0, 1}, ring_bytes)} {
     for (int rank : {0, 1}) {
       ProxyEnd& end = *ends_[rank];
-      auto transport = make_loopback(&end.proxy(), rank, options);
+      auto transport = make_loopback(end.proxy().listener(), rank, options);
       transport->register_region(end.mesh().memory().base(), end.mesh().memory().bytes());
       end.set_transport(std::move(transport));
     }
@@ -113,7 +121,7 @@ inline uint64_t slot_word(uint64_t seed, uint64_t slot, uint64_t word) {
 // One operation's worth of slots from rank 0 to rank 1. Both return early if `deadline` passes.
 inline bool send_slots(ProxyEnd& end, const RingGeometry& geometry, uint64_t num_slots,
                        uint64_t seed, double deadline) {
-  SendRing ring(geometry, num_slots, end.send_place(1), end.proxy(), end.fifo());
+  SendRing ring(geometry, num_slots, end.send_place(1), end.proxy(), end.writer());
   while (!ring.is_done()) {
     ring.flush();
     uint8_t* slot = ring.next_slot();
@@ -133,7 +141,7 @@ inline bool send_slots(ProxyEnd& end, const RingGeometry& geometry, uint64_t num
 // Number of wrong words, or ~0 after the deadline.
 inline uint64_t receive_slots(ProxyEnd& end, const RingGeometry& geometry, uint64_t num_slots,
                               uint64_t seed, double deadline) {
-  RecvRing ring(geometry, num_slots, end.recv_place(0), end.fifo());
+  RecvRing ring(geometry, num_slots, end.recv_place(0), end.writer());
   uint64_t wrong = 0;
   uint64_t consumed = 0;
   while (consumed < num_slots || !ring.is_drained()) {

@@ -37,7 +37,7 @@ std::vector<Planned> push_random(ProxyEnd& end, int count, unsigned seed) {
                                   is_put ? random() % 100 * 16 : 0,
                                   is_put ? random() % 100 * 16 : 0};
     plan.push_back({fields, specs[channel].peer});
-    while (!end.fifo().push(encode(fields))) sched_yield();
+    while (!end.writer().push(encode(fields))) sched_yield();
   }
   return plan;
 }
@@ -127,7 +127,7 @@ TEST_CASE("several FIFOs feed one proxy") {
   FakeTransport& fake = end.use_fake();
   end.proxy().start();
   for (int i = 0; i < 3; ++i) {
-    FifoProducer producer{end.proxy().fifo(i)};
+    CommandWriter producer = end.proxy().writer(i);
     const uint32_t channel = end.proxy().channels().to_node(ChannelPurpose::kDispatchData, i + 1);
     for (int n = 0; n < 50; ++n)
       REQUIRE(producer.push(encode({CommandKind::kPut, channel, 1, 16, 0, size_t(n) * 16})));
@@ -149,7 +149,7 @@ TEST_CASE("completed() is the prefix of puts that completed, in whatever order t
                                 end.proxy().channels().to_node(ChannelPurpose::kDispatchData, 2)};
   constexpr size_t kPuts = 60;
   for (size_t i = 0; i < 2 * kPuts; ++i)
-    REQUIRE(end.fifo().push(encode({CommandKind::kPut, channels[i % 2], 1, 16, 0, 0})));
+    REQUIRE(end.writer().push(encode({CommandKind::kPut, channels[i % 2], 1, 16, 0, 0})));
   REQUIRE(wait_until([&] { return fake.events(Event::kPut).size() == 2 * kPuts; }));
   const std::vector<Event> puts = fake.events(Event::kPut);
   std::vector<size_t> order(puts.size());
@@ -181,17 +181,17 @@ TEST_CASE("a completion that comes twice counts once, one of nothing is a fault"
   FakeTransport& fake = end.use_fake();
   const uint32_t channel = end.proxy().channels().to_node(ChannelPurpose::kDispatchData, 1);
   for (int i = 0; i < 4; ++i)
-    REQUIRE(end.fifo().push(encode({CommandKind::kPut, channel, 1, 16, 0, 0})));
+    REQUIRE(end.writer().push(encode({CommandKind::kPut, channel, 1, 16, 0, 0})));
   end.proxy().start();
   REQUIRE(wait_until([&] { return fake.events(Event::kPut).size() == 4; }));
   end.proxy().stop(false, 0);  // from here on the listener is called on this thread
   const std::vector<Event> puts = fake.events(Event::kPut);
-  for (size_t i : {1, 0, 1, 0, 3, 3}) end.proxy().on_put_complete(puts[i].value);
+  for (size_t i : {1, 0, 1, 0, 3, 3}) end.proxy().listener()->on_put_complete(puts[i].value);
   CHECK(end.proxy().completed(channel) == 2);
   CHECK(!end.board().raised());
-  end.proxy().on_put_complete(puts[2].value);
+  end.proxy().listener()->on_put_complete(puts[2].value);
   CHECK(end.proxy().completed(channel) == 4);
-  end.proxy().on_put_complete(puts[3].value + 1);
+  end.proxy().listener()->on_put_complete(puts[3].value + 1);
   REQUIRE(end.board().raised());
   CHECK(end.board().record().kind == FaultKind::kTransport);
   CHECK(end.board().record().expected == 4);
@@ -213,7 +213,7 @@ TEST_CASE("loopback: who sees the counter sees the data") {
   for (uint64_t i = 0; i < kPuts; ++i) {
     out[2 * i] = i + 1;
     out[2 * i + 1] = ~i;
-    while (!from.fifo().push(
+    while (!from.writer().push(
         encode({CommandKind::kPut, channel, 1, 16, source + 16 * i, target + 16 * i})))
       sched_yield();
     const uint64_t seen = load_acquire(count);
@@ -231,7 +231,7 @@ TEST_CASE("a clean stop posts what is queued and says good-bye") {
   FakeTransport& fake = end.use_fake();
   const uint32_t channel = end.proxy().channels().to_node(ChannelPurpose::kDispatchData, 1);
   for (int i = 0; i < 1000; ++i)
-    REQUIRE(end.fifo().push(encode({CommandKind::kPut, channel, 1, 16, 0, 0})));
+    REQUIRE(end.writer().push(encode({CommandKind::kPut, channel, 1, 16, 0, 0})));
   say_goodbye_for_peers(end);
   end.proxy().start();
   const double begin = now_s();
@@ -291,7 +291,7 @@ TEST_CASE("after a fault nothing that is queued goes out, and no good-bye") {
     REQUIRE(end.board().raise(fault));
     const uint32_t channel = end.proxy().channels().to_node(ChannelPurpose::kDispatchData, 1);
     for (int i = 0; i < 10; ++i)
-      REQUIRE(end.fifo().push(encode({CommandKind::kPut, channel, 1, 16, 0, 0})));
+      REQUIRE(end.writer().push(encode({CommandKind::kPut, channel, 1, 16, 0, 0})));
     end.proxy().start();
     // The record of the fault is one put.
     REQUIRE(wait_until([&] { return fake.events(Event::kPut).size() > 0; }));
@@ -317,7 +317,7 @@ TEST_CASE("a frozen proxy does nothing, and goes on where it stopped") {
     if (std::exchange(before, count) != count) since = now_s();
     return now_s() - since > 0.05;
   }));
-  REQUIRE(end.fifo().push(encode({CommandKind::kPut, 0, 1, 16, 0, 0})));
+  REQUIRE(end.writer().push(encode({CommandKind::kPut, 0, 1, 16, 0, 0})));
   const double begin = now_s();
   REQUIRE(wait_until([&] { return now_s() - begin > 0.05; }));
   CHECK(fake.events(Event::kPut).empty());

@@ -16,7 +16,10 @@ using namespace commlib::testing;
 namespace {
 
 struct TestFifo {
-  explicit TestFifo(size_t capacity) : slots(capacity), producer{memory()}, consumer{memory()} {}
+  explicit TestFifo(size_t capacity)
+      : slots(capacity),
+        producer({FifoProducer{memory()}}, thread_of_channel),
+        consumer{memory()} {}
   FifoMemory memory() { return {slots.data(), &tail, slots.size()}; }
   std::vector<CommandFields> pop_all() {
     std::vector<CommandFields> list;
@@ -26,7 +29,8 @@ struct TestFifo {
 
   std::vector<Command> slots;
   alignas(kLine) uint64_t tail = 0;
-  FifoProducer producer;
+  const std::vector<uint8_t> thread_of_channel = std::vector<uint8_t>(64);  // one thread
+  CommandWriter producer;
   FifoConsumer consumer;
 };
 
@@ -120,7 +124,7 @@ TEST_CASE("sender: a chunk is reused after its credit and its completion, not be
   end.proxy().set_busy(true);
   const uint32_t channel = end.proxy().channels().to_node(ChannelPurpose::kDispatchData, 1);
   uint64_t* credit = end.word(end.mesh().registered().dispatch_credit_in, 1);
-  SendRing ring(kGeometry, 100, end.send_place(1), end.proxy(), end.fifo());
+  SendRing ring(kGeometry, 100, end.send_place(1), end.proxy(), end.writer());
   CHECK(fill(ring) == 8);
   REQUIRE(wait_until([&] { return fake.events(Event::kPut).size() == 4; }));
   const std::vector<Event> puts = fake.events(Event::kPut);

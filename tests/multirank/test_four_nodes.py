@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
+import time
 
 import pytest
 import torch
-from moe_job import HIDDEN, free_ports, part_of_job
+from moe_job import HIDDEN, free_ports, open_runtime, part_of_job
 from test_dispatch_combine import check_cases, check_fp8, open_for, random_case, workload_of
 
-from commlib.testing.spawn import check_ranks
+from commlib.errors import PeerLostError
+from commlib.testing.spawn import check_ranks, run_ranks
 from commlib.traffic import count_traffic
 
 pytestmark = pytest.mark.multirank
@@ -35,7 +38,40 @@ def oracle_rank(port: int) -> None:
     group.close()
 
 
-def test_four_nodes_of_two() -> None:
+@pytest.mark.parametrize("num_proxy_threads", [1, 2])
+def test_four_nodes_of_two(num_proxy_threads: int) -> None:
     check_ranks(
-        "test_four_nodes:oracle_rank", len(NODES), args=[free_ports(1)[0]], env={"UCX_TLS": "tcp,self"}, timeout_s=200
+        "test_four_nodes:oracle_rank",
+        len(NODES),
+        args=[free_ports(1)[0]],
+        env={"UCX_TLS": "tcp,self", "COMMLIB_NUM_PROXY_THREADS": str(num_proxy_threads)},
+        timeout_s=200,
     )
+
+
+def lost_rank(port: int) -> None:
+    """Rank 2 of three nodes kills itself; each of the others has a proxy thread for either other node."""
+    rank = int(os.environ["COMMLIB_RANK"])
+    group = part_of_job(port, rank, 3)
+    with open_runtime(group, (0, 1, 2), num_proxy_threads=2, heartbeat_timeout_s=4.0) as runtime:
+        assert "2 threads" in runtime.describe()
+        x, idx = torch.ones(8, HIDDEN), torch.arange(3).repeat(8, 1) * 4
+        d = runtime.dispatch(x, idx)
+        runtime.combine(d.x, d.handle)
+        with pytest.raises(PeerLostError) as caught:
+            runtime.barrier()
+            if rank == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            while True:
+                runtime.combine(d.x, d.handle)
+        assert caught.value.peer == 2
+        begin = time.monotonic()
+    assert time.monotonic() - begin < 10
+    group.close()
+
+
+def test_a_lost_rank_with_several_proxy_threads() -> None:
+    results = run_ranks(
+        "test_four_nodes:lost_rank", 3, args=[free_ports(1)[0]], env={"UCX_TLS": "tcp,self"}, timeout_s=60
+    )
+    assert [result.returncode for result in results] == [0, 0, -signal.SIGKILL], results

@@ -37,7 +37,7 @@ def open_tiers(boot: Bootstrap, config: RuntimeConfig, mapped: list[int]) -> Tie
     for owner, names in fakes.items():
         for name, value in names.items():
             setattr(owner, name, value)
-    return Tiers(boot, config, NODES, plan_launch(config, NODES), 1024, 30.0)
+    return Tiers(boot, config, NODES, plan_launch(config, NODES), 1024, 30.0, [])
 
 
 def fault_of(tiers: Tiers) -> CommError:

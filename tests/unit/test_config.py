@@ -102,6 +102,7 @@ CHANGED: dict[str, Any] = {
     "transport": "loopback",
     "decode_tokens": 128,
     "num_sms": 8,
+    "num_proxy_threads": 2,
     "num_local_sms": 64,
     "out_blocks": 2,
     "in_blocks": 3,

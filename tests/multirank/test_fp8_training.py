@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 
 import overlap_job as job
@@ -10,9 +11,10 @@ import pytest
 import torch
 from moe_job import free_ports, part_of_job, small_config, wait_for
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from commlib import overlap, routing
-from commlib.quant import Fp8Rows
+from commlib import ops, overlap, routing
+from commlib.quant import Fp8Rows, quantize_e4m3
 from commlib.runtime import Runtime
 from commlib.testing.payloads import random_payload
 from commlib.testing.spawn import check_ranks
@@ -76,7 +78,11 @@ def check_keeps_fp8_only(runtime: Runtime) -> None:
 
 
 def gradients_of(layer: MoELayer, x: Tensor) -> dict[str, Tensor]:
-    out, _ = overlap.run_layer(layer, x)
+    return back(layer, x, overlap.run_layer(layer, x)[0])
+
+
+def back(layer: MoELayer, x: Tensor, out: Tensor) -> dict[str, Tensor]:
+    """Output and all gradients, by name."""
     (out.float() * random_payload(9, len(x), HIDDEN, torch.float32, seed=4)).sum().backward()
     assert x.grad is not None
     found = {"out": out.detach(), "x": x.grad}
@@ -136,11 +142,19 @@ def check_schedules(runtime: Runtime) -> None:
         job.assert_same(way(layers, batches), expected, way.__name__)  # type: ignore[operator]
 
 
+def check_checkpoint(runtime: Runtime) -> None:
+    """Computed again, with and without what has been moved: the same bits."""
+    selective = partial(create_selective_checkpoint_contexts, ops.save_communication)
+    expected = gradients_of(make_layer(runtime, is_fp8=True), make_input(runtime.rank))
+    for options in ({}, {"context_fn": selective}):
+        layer, x = make_layer(runtime, is_fp8=True), make_input(runtime.rank)
+        out = checkpoint(lambda x, layer=layer: overlap.run_layer(layer, x)[0], x, use_reentrant=False, **options)
+        found = back(layer, x, out)
+        job.assert_same(found, expected, f"checkpoint {sorted(options)}")
+
+
 def check_fp8_rows_are_dispatched_as_they_are(runtime: Runtime) -> None:
     """Cast by the caller or on the way: the same rows, and the gradient goes through either way."""
-    from commlib import ops
-    from commlib.quant import quantize_e4m3
-
     x = make_input(runtime.rank)
     idx = torch.arange(2).repeat(len(x), 1) + torch.arange(len(x))[:, None] % 6
     cast = Fp8Rows(*quantize_e4m3(x.detach(), pow2=True), x.dtype)
@@ -168,6 +182,7 @@ def fp8_rank(port: int) -> None:
         check_keeps_fp8_only(runtime)
         check_close_to_bf16(runtime)
         check_schedules(runtime)
+        check_checkpoint(runtime)
         check_fp8_rows_are_dispatched_as_they_are(runtime)
         assert wait_for(lambda: runtime.memory().arena_used_bytes == start), "rows are kept for ever"
     group.close()

@@ -172,6 +172,22 @@ def test_weight_gradients_may_wait(frozen: str | None) -> None:
             assert ours.grad is not None and theirs.grad is not None and torch.equal(ours.grad, theirs.grad), name
 
 
+def test_compiles() -> None:
+    results = []
+    for is_compiled in (False, True):
+        weights, row_weights = make_weights(), torch.ones(sum(COUNTS), requires_grad=True)
+
+        def layer(x: Tensor, row_weights: Tensor, *weights: Tensor) -> Tensor:
+            return F.silu(fp8_swiglu(x, row_weights, SwiGLUWeights(*weights), ends()))
+
+        call = torch.compile(layer, backend="aot_eager") if is_compiled else layer
+        y = call(make_rows(torch.bfloat16), row_weights, *weights)
+        y.float().sum().backward()
+        results.append([y, row_weights.grad, *(each.grad for each in weights)])
+    for ours, theirs in zip(*results, strict=True):
+        assert ours is not None and theirs is not None and torch.equal(ours, theirs)
+
+
 def test_no_rows_at_all() -> None:
     weights, row_weights = make_weights(), torch.ones(0, requires_grad=True)
     x = torch.zeros(0, HIDDEN, dtype=torch.bfloat16, requires_grad=True)

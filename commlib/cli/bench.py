@@ -46,6 +46,7 @@ def add_parser(commands: Any) -> None:
     cuda.add_argument("--num-sms", type=int, nargs="+", default=[24], help="multiprocessors, one run each")
     cuda.add_argument("--num-local-sms", type=int, default=None, help="multiprocessors for expand and reduce")
     cuda.add_argument("--decode-tokens", type=int, default=128, help="tokens of the latency regime; 0: none")
+    cuda.add_argument("--nccl", action="store_true", help="also by torch permutations and NCCL's all-to-all")
     cuda.add_argument("--workload", default="uniform", help="a name of commlib.testing.workloads")
     cuda.add_argument("--routings", type=int, default=3, help="different routings, in turn")
     parser.set_defaults(run=run)

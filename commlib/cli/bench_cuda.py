@@ -20,6 +20,7 @@ import torch
 
 from commlib import ops, routing
 from commlib.bootstrap import Bootstrap, connect
+from commlib.cli.nccl_baseline import NcclBaseline, open_process_group
 from commlib.cli.push_limit import PushLimit
 from commlib.cli.routed_rows import RoutedRows
 from commlib.cli.tune import printer, tune
@@ -42,6 +43,8 @@ def run(arguments: argparse.Namespace, shapes: list[Any]) -> int:
     boot = connect(None)
     device = torch.device("cuda", boot.rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
+    if arguments.nccl:
+        open_process_group(boot, "nccl")
     for shape in shapes:
         for num_sms in arguments.num_sms:
             bench = CudaBench(boot, device, shape, num_sms, arguments)
@@ -82,6 +85,8 @@ class CudaBench:
                 self._dispatch(layout, fp8)
             self._combine("grouped", is_weighted=True)
             self._combine("rows", is_weighted=False)
+            if self.arguments.nccl:
+                self._nccl()
             self._gate()
             self._host_times()
             if self.arguments.decode_tokens:
@@ -134,6 +139,15 @@ class CudaBench:
 
         times = self._timed(call, lambda _, result: rows.check_combined(0, result.x, layout, is_weighted=is_weighted))
         self._report_rows("combine", times, 2, layout=layout, dtype="bf16", weighted=is_weighted)
+
+    def _nccl(self) -> None:
+        baseline = NcclBaseline(self.rows, self.shape.num_experts, self.config.expert_alignment)
+        for which in range(self.rows.num_routings):
+            got = baseline.check(which, self.config)
+        times = self._timed(baseline.dispatch, None)
+        self._report_rows("nccl dispatch", times, 2, layout="grouped", dtype="bf16")
+        times = self._timed(lambda _: baseline.combine(got), None)
+        self._report_rows("nccl combine", times, 2, layout="grouped", dtype="bf16", weighted=True)
 
     def _gate(self) -> None:
         """Fused against the composition of torch operations: sigmoid, bias, 4 of 8 groups, top-k, normalised."""

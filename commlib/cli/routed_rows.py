@@ -154,6 +154,11 @@ class RoutedRows:
             total += (factor * x).to(torch.bfloat16).float()
         assert torch.equal(out, total.to(torch.bfloat16)), "combined rows"
 
+    def check_summed(self, which: int, out: Any) -> None:
+        """Raises AssertionError unless `out` is the weighted sum of copies of the own rows, rounded once."""
+        chosen = torch.where(self.choices(which) >= 0, self.weights, 0.0).sum(dim=1)[:, None]
+        assert torch.equal(out, (chosen * self.own().float()).to(torch.bfloat16)), "summed rows"
+
 
 def _require_rows(got: Any, rows: slice, x: Any, scales: Any) -> None:
     assert torch.equal(got.x[rows].view(torch.uint8), x.view(torch.uint8)), f"rows {rows}"

@@ -135,16 +135,20 @@ class ParallelConfig:
         micro_batches: parts into which each rank's share of the batch is cut.
         overlap: "none"; "batches": two micro-batches in flight within each layer; "pairs": each micro-batch's forward
             pass beside the backward pass of the one before. The gradients are the same, bit for bit.
+        exchange: "commlib"; "torch": permutations and all-to-all of torch.distributed in its place, for comparison.
     """
 
     ep_ranks: int = 0
     shard_dense: bool = False
     micro_batches: int = 1
     overlap: str = "none"
+    exchange: str = "commlib"
 
     def __post_init__(self) -> None:
         if self.overlap not in ("none", "batches", "pairs"):
             raise ValueError(f"overlap={self.overlap!r} is not none, batches or pairs")
+        if self.exchange not in ("commlib", "torch") or (self.exchange == "torch" and self.overlap != "none"):
+            raise ValueError(f"exchange={self.exchange!r} is not commlib, or torch with overlap=none")
         if self.micro_batches < 1 or (self.overlap == "batches" and self.micro_batches % 2):
             raise ValueError(
                 f"micro_batches={self.micro_batches} with overlap={self.overlap}: at least 1, for batches even"

@@ -10,6 +10,7 @@ the sum of the balance losses so far.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -40,6 +41,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.dtype = compute_dtype
+        self.run_layer: Callable[..., overlap.State] = overlap.run_layer
         self.embedding = nn.Embedding(VOCAB, config.hidden)
         self.blocks = nn.ModuleList(
             DenseBlock(config, compute_dtype)
@@ -55,7 +57,7 @@ class Transformer(nn.Module):
         """tokens int64 [batch, seq + 1]: bytes 0..seq-1 are read; byte t+1 helps the MTP module to predict t+2."""
         state: overlap.State = (tokens,)
         for layer in self.layers(with_mtp=with_mtp):
-            state = overlap.run_layer(layer, *state)
+            state = self.run_layer(layer, *state)
         h, mtp_h, balance = state
         return self.predict(h, mtp_h if with_mtp else None, balance)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from types import TracebackType
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 import commlib
 from commlib import bootstrap, routing
+from commlib.testing.torch_exchange import TorchExchange
 from examples.train_moe.config import ModelConfig, ParallelConfig, TrainConfig
 from examples.train_moe.data import Batches
 from examples.train_moe.ema import Ema
@@ -31,6 +33,7 @@ from examples.train_moe.parallel import (
     reduce_gradients,
     shard_dense,
 )
+from examples.train_moe.torch_layer import run_layer_with_torch
 
 
 class StepReport(NamedTuple):
@@ -97,6 +100,12 @@ class Trainer:
             device=device,
         )
         self.model = Transformer(model_config, self.runtime, compute_dtype).to(device)
+        if parallel.exchange == "torch":
+            if model_config.fp8_experts:
+                raise ValueError("exchange=torch moves no FP8 rows")
+            alignment = model_config.expert_alignment
+            exchange = TorchExchange(self.grid.row_group(), model_config.num_experts, alignment)
+            self.model.run_layer = partial(run_layer_with_torch, exchange)
         initialise(self.model, config.seed)
         self._sharded_units = shard_dense(self.model, self.grid.mesh) if parallel.shard_dense else []
         self.first_expert = expert_parameters(self.model)

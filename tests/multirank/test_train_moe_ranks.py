@@ -66,6 +66,11 @@ def test_one_rank_trains_the_same_model_as_four(folder: Path, tmp_path: Path) ->
     assert_same_to_rounding(read(tmp_path, "straight", 1), read(folder, "straight", 4), first_step=0)
 
 
+def test_torch_in_place_of_commlib_trains_the_same_model(folder: Path, tmp_path: Path) -> None:
+    check_ranks("train_moe_job:by_torch", 4, args=[str(tmp_path)], ranks_per_node=2, timeout_s=60)
+    assert_same_to_rounding(read(tmp_path, "torch", 4), read(folder, "straight", 4), first_step=0)
+
+
 def test_one_rank_goes_on_from_the_checkpoint_of_four(folder: Path) -> None:
     train_moe_job.resumed(str(folder))
     assert_same_to_rounding(read(folder, "resumed", 1), read(folder, "straight", 4), first_step=3)

@@ -81,6 +81,13 @@ def resumed(out: str) -> None:
         _write(trainer, list(trainer.train(STEPS)), Path(out) / f"resumed-{ranks.size}-{ranks.rank}.pt")
 
 
+def by_torch(out: str) -> None:
+    """All steps with torch.distributed in commlib's place."""
+    with joined() as ranks, make_trainer(ranks, exchange="torch") as trainer:
+        _write(trainer, list(trainer.train(STEPS)), Path(out) / f"torch-{ranks.size}-{ranks.rank}.pt")
+        assert not trainer.runtime.counters()["roles"], "commlib has moved rows"
+
+
 def whole_model_is_causal() -> None:
     """Bytes after position t change neither what is predicted at t nor, after t + 1, what the MTP module predicts."""
     tokens = torch.randint(256, (8, 17), generator=torch.Generator().manual_seed(1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from gpu.gpu_ranks import ranks
 
 from commlib.testing.spawn import check_ranks
 
@@ -17,7 +18,7 @@ def check(function: str, num_ranks: int, *args: Any, job: str = "gpu.gpu_job", t
     check_ranks(f"{job}:{function}", num_ranks, args=args, env=ENV, launcher="mpirun", timeout_s=timeout_s)
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+@pytest.mark.parametrize("num_ranks", ranks(1, 2, 4))
 def test_every_workload_is_bitwise_what_the_oracle_says(num_ranks: int) -> None:
     check("plain_rank", num_ranks, [], 256, 37)
 
@@ -26,7 +27,7 @@ def test_wide_rows_go_in_pieces() -> None:
     check("plain_rank", 3, ["masked", "skewed"], 7168, 101)
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("num_ranks", ranks(2, 4))
 def test_fp8(num_ranks: int) -> None:
     check("fp8_rank", num_ranks, ["masked", "uneven"], 384)
 

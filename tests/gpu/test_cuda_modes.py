@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gpu.gpu_ranks import ranks
 from test_cuda_engine import check
 
 from commlib.testing.spawn import run_ranks
@@ -18,7 +19,7 @@ def test_heaps_grow(num_ranks: int) -> None:
     check("growth_rank", num_ranks, job=JOB)
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+@pytest.mark.parametrize("num_ranks", ranks(1, 2, 4))
 def test_fixed_capacity(num_ranks: int) -> None:
     check("capacity_rank", num_ranks, job=JOB)
 
@@ -28,17 +29,17 @@ def test_graphs(num_ranks: int) -> None:
     check("graph_rank", num_ranks, job=JOB)
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+@pytest.mark.parametrize("num_ranks", ranks(1, 2, 4))
 def test_latency_regime(num_ranks: int) -> None:
     check("latency_rank", num_ranks, job=JOB)
 
 
-@pytest.mark.parametrize("num_ranks", [1, 3])
+@pytest.mark.parametrize("num_ranks", ranks(1, 3))
 def test_autograd(num_ranks: int) -> None:
     check("autograd_rank", num_ranks, job=JOB)
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("num_ranks", ranks(2, 4))
 def test_shapes(num_ranks: int) -> None:
     check("shapes_rank", num_ranks, job="gpu.gpu_shapes_job", timeout_s=240.0)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from commlib.testing.spawn import check_ranks
 
@@ -28,6 +29,15 @@ def check(function: str, num_ranks: int, ranks_per_node: int, *args: Any, timeou
 def test_every_workload_is_bitwise_what_the_oracle_says(ranks_per_node: int) -> None:
     """4 ranks as 2 nodes of 2 and as 4 of 1."""
     check("plain_rank", 4, ranks_per_node, [], 256, 37, SMALL)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 8, reason="two nodes of 4 want 8 GPUs")
+def test_two_nodes_of_four() -> None:
+    """Each rank has a GPU of its own."""
+    check("plain_rank", 8, 4, [], 256, 37, SMALL)
+    check("fp8_rank", 8, 4, ["masked", "uneven"], 384)
+    check("bytes_rank", 8, 4)
+    check("modes_rank", 8, 4)
 
 
 def test_nodes_of_different_sizes() -> None:

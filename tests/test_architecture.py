@@ -33,8 +33,8 @@ PYTHON_TABLE: dict[str, set[str]] = {
     # Loads the executor of its device.
     "runtime": L0 | L1 | L2 | L5 | {"cuda"},
     **dict.fromkeys(L6, L0 | L1 | L5 | L6),
-    # Loads the fused gate.
-    "ops": L0 | L1 | L5 | L6 | {"cuda"},
+    # Load the fused gate and the kernels of casts.
+    **dict.fromkeys(("ops", "experts"), L0 | L1 | L5 | L6 | {"cuda"}),
     **{
         name: L0 | L1 | L2 | NATIVE_MODULE | L5 | L6 | {name, "cuda", "reference", "testing"}
         for name in ("cli", "compat")

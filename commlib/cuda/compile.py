@@ -32,6 +32,8 @@ UNITS = (
     "latency_dispatch",
     "latency_combine",
     "gate",
+    "quant",
+    "swiglu",
     "push_limit",
 )
 

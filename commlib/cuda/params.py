@@ -8,6 +8,15 @@ from __future__ import annotations
 import ctypes
 from ctypes import c_int32, c_int64, c_uint32, c_uint64, sizeof
 
+from commlib.cuda.quant_params import (
+    CastRowsCall,
+    CastWeightCall,
+    RetileCall,
+    SwigluAgainCall,
+    SwigluBackwardCall,
+    SwigluCall,
+)
+
 __all__ = [
     "MAX_RANKS",
     "MAX_TOPK",
@@ -368,6 +377,8 @@ _MIRRORS_OF = {
     "latency_combine": (LatencyRegions, LatencyCombineCall),
     "push_limit": (PushLimitCall,),
     "gate": (GateCall,),
+    "quant": (CastRowsCall, CastWeightCall, RetileCall),
+    "swiglu": (SwigluCall, SwigluAgainCall, SwigluBackwardCall),
 }
 
 

@@ -11,14 +11,14 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from commlib.errors import ConfigError
+from commlib.experts.casts import casts_for
 from commlib.experts.grouped_gemm import grouped_mm, grouped_mm_transposed, grouped_weight_grad, quantize_experts
 from commlib.layout import SCALE_BLOCK
 from commlib.overlap.weight_grads import WeightGradStore, store_for
-from commlib.quant import Fp8Rows, quantize_e4m3
+from commlib.quant import Fp8Rows
 
 __all__ = ["SwiGLUWeights", "fp8_swiglu"]
 
@@ -84,8 +84,7 @@ class _Experts(torch.autograd.Function):
         rows = _as_rows(x)
         gate_out = grouped_mm(rows, quantize_experts(weights.gate), ends)
         up_out = grouped_mm(rows, quantize_experts(weights.up), ends)
-        inner = _cast(_swiglu(gate_out.float(), up_out.float()) * row_weights[:, None], x.dtype)
-        gate_kept, up_kept = _cast(gate_out, x.dtype), _cast(up_out, x.dtype)
+        inner, gate_kept, up_kept = casts_for(x).swiglu_cast(gate_out, up_out, row_weights)
         ctx.save_for_backward(
             *(rows.fp8, rows.scales, row_weights, ends),
             *(gate_kept.fp8, gate_kept.scales, up_kept.fp8, up_kept.scales),
@@ -101,12 +100,8 @@ class _Experts(torch.autograd.Function):
         rows, grad_y = Fp8Rows(x, x_scales, dtype), _as_rows(grad)
         gate_kept, up_kept = Fp8Rows(gate_q, gate_s, dtype), Fp8Rows(up_q, up_s, dtype)
 
-        grad_inner = grouped_mm_transposed(grad_y, quantize_experts(weights.down), ends).float()
-        gate_out, up_out = gate_kept.dequantize().float(), up_kept.dequantize().float()
-        grad_row_weights = (grad_inner * _swiglu(gate_out, up_out)).sum(dim=1)
-        grad_gate, grad_up = (
-            _cast(each, dtype) for each in _swiglu_backward(grad_inner * row_weights[:, None], gate_out, up_out)
-        )
+        grad_inner = grouped_mm_transposed(grad_y, quantize_experts(weights.down), ends)
+        grad_gate, grad_up, grad_row_weights = casts_for(x).swiglu_backward(grad_inner, gate_kept, up_kept, row_weights)
         grad_x = grouped_mm_transposed(grad_gate, quantize_experts(weights.gate), ends)
         grad_x += grouped_mm_transposed(grad_up, quantize_experts(weights.up), ends)
 
@@ -129,22 +124,12 @@ def _down_grad(
     grad_y: Fp8Rows, gate: Fp8Rows, up: Fp8Rows, row_weights: Tensor, ends: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """The gradient of `down`, whose input is computed again."""
-    inner = _swiglu(gate.dequantize().float(), up.dequantize().float()) * row_weights[:, None]
-    return grouped_weight_grad(grad_y, _cast(inner, gate.dtype), ends, dtype)
-
-
-def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    return F.silu(gate) * up
-
-
-def _swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    sigmoid = gate.sigmoid()
-    return grad * up * sigmoid * (1 + gate * (1 - sigmoid)), grad * gate * sigmoid
+    inner = casts_for(gate).swiglu_again(gate, up, row_weights)
+    return grouped_weight_grad(grad_y, inner, ends, dtype)
 
 
 def _as_rows(x: Tensor) -> Fp8Rows:
-    return x if isinstance(x, Fp8Rows) else _cast(x, x.dtype)
-
-
-def _cast(x: Tensor, dtype: torch.dtype) -> Fp8Rows:
-    return Fp8Rows(*quantize_e4m3(x, pow2=True), dtype)
+    if isinstance(x, Fp8Rows):
+        return x
+    rows: Fp8Rows = casts_for(x).cast_rows(x)
+    return rows

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from commlib.quant import Fp8Rows, dequantize_columns, dequantize_weight, quantize_weight, retile_columns
+from commlib.experts.casts import casts_for
+from commlib.quant import Fp8Rows, dequantize_columns, dequantize_weight
 
 __all__ = ["Fp8Weight", "grouped_mm", "grouped_mm_transposed", "grouped_weight_grad", "quantize_experts"]
 
@@ -26,7 +27,7 @@ class Fp8Weight(NamedTuple):
 
 def quantize_experts(weight: Tensor) -> Fp8Weight:
     """BF16 or FP32 [E, N, K] in 128x128 tiles."""
-    return Fp8Weight(*quantize_weight(weight.detach(), pow2=True))
+    return Fp8Weight(*casts_for(weight).quantize_weight(weight.detach(), pow2=True))
 
 
 def grouped_mm(x: Fp8Rows, weight: Fp8Weight, ends: Tensor) -> Tensor:
@@ -48,4 +49,5 @@ def grouped_weight_grad(grad: Fp8Rows, x: Fp8Rows, ends: Tensor, dtype: torch.dt
 
 
 def _by_columns(rows: Fp8Rows) -> Tensor:
-    return dequantize_columns(*retile_columns(rows.fp8, rows.scales, pow2=True), rows.dtype)
+    q, scales = casts_for(rows).retile_columns(rows.fp8, rows.scales, pow2=True)
+    return dequantize_columns(q, scales, rows.dtype)

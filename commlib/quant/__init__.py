@@ -3,6 +3,7 @@
 from commlib.quant.e4m3 import E4M3_MAX, MIN_AMAX, dequantize, quantize_e4m3
 from commlib.quant.e5m6 import E5M6_MAX, dequantize_e5m6, quantize_e5m6
 from commlib.quant.rows import Fp8Rows
+from commlib.quant.swiglu import cast_rows, swiglu_again, swiglu_backward, swiglu_cast
 from commlib.quant.tiles import dequantize_columns, dequantize_weight, quantize_weight, retile_columns
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "E5M6_MAX",
     "MIN_AMAX",
     "Fp8Rows",
+    "cast_rows",
     "dequantize",
     "dequantize_columns",
     "dequantize_e5m6",
@@ -18,4 +20,7 @@ __all__ = [
     "quantize_e5m6",
     "quantize_weight",
     "retile_columns",
+    "swiglu_again",
+    "swiglu_backward",
+    "swiglu_cast",
 ]

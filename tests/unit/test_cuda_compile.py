@@ -25,6 +25,8 @@ KERNELS = {
     "latency_dispatch": {"latency_dispatch"},
     "latency_combine": {"latency_combine"},
     "gate": {"gate_8", "gate_16", "gate_32"},
+    "quant": {"cast_rows", "cast_weight", "retile_columns"},
+    "swiglu": {"swiglu_cast", "swiglu_again", "swiglu_backward"},
     "push_limit": {"push_limit"},
 }
 
@@ -78,7 +80,7 @@ def test_unknown_unit() -> None:
         ConfigError,
         match=re.escape(
             "unit='nothing' is not one of exchange|dispatch|combine|tier_dispatch|tier_combine|"
-            "latency_dispatch|latency_combine|gate|push_limit"
+            "latency_dispatch|latency_combine|gate|quant|swiglu|push_limit"
         ),
     ):
         compile_unit("nothing")

@@ -1,0 +1,144 @@
+// Casts of commlib/quant by themselves: rows (1x128), weights (128x128), rows to columns (128x1).
+// Every byte is read once and written once.
+#include "cuda/quant_tile.cuh"
+
+namespace commlib::cuda {
+
+struct CastRowsCall {
+  const void* x;
+  Fp8Out out;
+  uint32_t num_rows, hidden, dtype, cast;
+};
+
+struct CastWeightCall {
+  const void* w;  // [experts, rows, columns]
+  Fp8Out out;     // scales [experts, row tiles, column tiles]
+  uint32_t num_experts, rows, columns, dtype, cast, reserved;
+};
+
+struct RetileCall {
+  Fp8In x;     // [rows, hidden]
+  Fp8Out out;  // scales [rows / 128, hidden]
+  uint32_t num_rows, hidden, cast, reserved;
+};
+
+namespace {
+
+constexpr uint32_t kTileThreads = 256;
+constexpr uint32_t kTile = uint32_t(kScaleBlock);
+constexpr uint32_t kRowsAtOnce = kTileThreads / kLanesPerTile;  // of a tile
+constexpr uint32_t kTurns = kTile / kRowsAtOnce;
+
+__device__ inline uint32_t largest_of_block(uint32_t top) {
+  __shared__ uint32_t of_warp[kTileThreads / 32];
+  top = __reduce_max_sync(kAllLanes, top);
+  __syncthreads();  // the tile before has been read
+  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = top;
+  __syncthreads();
+#pragma unroll
+  for (uint32_t warp = 0; warp < kTileThreads / 32; ++warp) top = max(top, of_warp[warp]);
+  return top;
+}
+
+}  // namespace
+
+extern "C" __global__ void __launch_bounds__(512, 2) cast_rows(CastRowsCall call) {
+  const uint32_t element = call.dtype == uint32_t(Dtype::kBf16) ? 2 : 4;
+  const uint8_t* x = static_cast<const uint8_t*>(call.x);
+  for_each_row(
+      call.num_rows, call.hidden,
+      [&](uint32_t, uint64_t at, uint64_t tile, bool is_here) {
+        float values[8];
+        unpack8(x + at * element, call.dtype, values);
+        store_tile(call.out, at, tile, values, call.cast, is_here);
+      },
+      [](uint32_t) {});
+}
+
+// A block per tile. The last tiles may be smaller; columns are a multiple of 8.
+extern "C" __global__ void __launch_bounds__(kTileThreads) cast_weight(CastWeightCall call) {
+  const uint32_t element = call.dtype == uint32_t(Dtype::kBf16) ? 2 : 4;
+  const uint32_t row_tiles = (call.rows + kTile - 1) / kTile;
+  const uint32_t column_tiles = (call.columns + kTile - 1) / kTile;
+  const uint8_t* w = static_cast<const uint8_t*>(call.w);
+  const uint64_t tiles = uint64_t(call.num_experts) * row_tiles * column_tiles;
+  for (uint64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    const uint32_t column =
+        uint32_t(tile % column_tiles) * kTile + threadIdx.x % kLanesPerTile * kColumns;
+    const uint32_t first_row =
+        uint32_t(tile / column_tiles % row_tiles) * kTile + threadIdx.x / kLanesPerTile;
+    const uint64_t expert_rows = tile / column_tiles / row_tiles * call.rows;
+    float values[kTurns][8] = {};
+    uint32_t top = 0;
+#pragma unroll
+    for (uint32_t turn = 0; turn < kTurns; ++turn) {
+      const uint32_t row = first_row + turn * kRowsAtOnce;
+      if (row < call.rows && column < call.columns)
+        unpack8(w + ((expert_rows + row) * call.columns + column) * element, call.dtype,
+                values[turn]);
+      top = max(top, largest_bits(values[turn]));
+    }
+    const float scale = scale_of(largest_of_block(top), call.cast);
+#pragma unroll
+    for (uint32_t turn = 0; turn < kTurns; ++turn) {
+      const uint32_t row = first_row + turn * kRowsAtOnce;
+      if (row < call.rows && column < call.columns)
+        *reinterpret_cast<uint2*>(call.out.q + (expert_rows + row) * call.columns + column) =
+            to_e4m3x8(values[turn], scale);
+    }
+    if (threadIdx.x == 0) call.out.scales[tile] = scale;
+  }
+}
+
+// A block per 128 rows and 128 columns.
+extern "C" __global__ void __launch_bounds__(kTileThreads) retile_columns(RetileCall call) {
+  __shared__ uint32_t tops[kRowsAtOnce][kTile];
+  const uint32_t column_tiles = call.hidden / kTile;
+  const uint64_t tiles = uint64_t(call.num_rows / kTile) * column_tiles;
+  const uint32_t in_tile = threadIdx.x % kLanesPerTile * kColumns;
+  for (uint64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    const uint64_t row_tile = tile / column_tiles, column_tile = tile % column_tiles;
+    const uint64_t first_row = row_tile * kTile + threadIdx.x / kLanesPerTile;
+    const uint64_t column = column_tile * kTile + in_tile;
+    float values[kTurns][8];
+    uint32_t top[kColumns] = {};
+#pragma unroll
+    for (uint32_t turn = 0; turn < kTurns; ++turn) {
+      const uint64_t row = first_row + turn * kRowsAtOnce;
+      unpack_e4m3x8(call.x.q + row * call.hidden + column,
+                    call.x.scales[row * column_tiles + column_tile], values[turn]);
+#pragma unroll
+      for (uint32_t i = 0; i < kColumns; ++i) {
+        const uint32_t magnitude = __float_as_uint(values[turn][i]) & 0x7fffffffu;
+        top[i] = max(top[i], magnitude <= 0x7f800000u ? magnitude : 0u);
+      }
+    }
+    __syncthreads();  // the tile before has been read
+#pragma unroll
+    for (uint32_t i = 0; i < kColumns; ++i) tops[threadIdx.x / kLanesPerTile][in_tile + i] = top[i];
+    __syncthreads();
+    float scales[kColumns];
+#pragma unroll
+    for (uint32_t i = 0; i < kColumns; ++i) {
+      uint32_t most = 0;
+#pragma unroll
+      for (uint32_t group = 0; group < kRowsAtOnce; ++group)
+        most = max(most, tops[group][in_tile + i]);
+      scales[i] = scale_of(most, call.cast);
+      if (threadIdx.x / kLanesPerTile == 0)
+        call.out.scales[row_tile * call.hidden + column + i] = scales[i];
+    }
+#pragma unroll
+    for (uint32_t turn = 0; turn < kTurns; ++turn) {
+      float q[8];
+#pragma unroll
+      for (uint32_t i = 0; i < kColumns; ++i) q[i] = __fdiv_rn(values[turn][i], scales[i]);
+      const uint64_t row = first_row + turn * kRowsAtOnce;
+      *reinterpret_cast<uint2*>(call.out.q + row * call.hidden + column) =
+          make_uint2(to_e4m3x2(q[0], q[1]) | to_e4m3x2(q[2], q[3]) << 16,
+                     to_e4m3x2(q[4], q[5]) | to_e4m3x2(q[6], q[7]) << 16);
+    }
+  }
+}
+
+}  // namespace commlib::cuda

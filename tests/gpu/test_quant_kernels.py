@@ -1,0 +1,204 @@
+"""The kernels of casts against torch on the CPU, which is what `commlib.quant` is tested as."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from commlib import quant
+from commlib.errors import ConfigError
+from commlib.quant import Fp8Rows
+
+pytestmark = pytest.mark.gpu
+
+ROWS = [0, 1, 37, 128, 4099]
+
+
+def make(rows: int, columns: int, dtype: torch.dtype, seed: int, *, is_odd: bool = False) -> Tensor:
+    """Rows of very different sizes; with `is_odd` also zeros, infinities, NaNs, and numbers that vanish."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, columns, generator=generator)
+    x *= torch.logspace(-6, 6, max(rows, 1))[:rows, None]
+    if is_odd and rows >= 37:
+        x[0], x[1, 5], x[2, 7], x[3, :128], x[4] = 0.0, float("nan"), float("inf"), 1e-30, -x[4].abs()
+        x[5, 3] = float("-inf")
+    return x.to(dtype)
+
+
+def same(ours: Tensor, theirs: Tensor, what: str) -> None:
+    """Bits, but any NaN is as good as another."""
+    ours, theirs = ours.cpu(), theirs.cpu()
+    assert ours.dtype == theirs.dtype and ours.shape == theirs.shape, what
+    a, b = ours.float(), theirs.float()
+    assert bool(((a == b) | (a.isnan() & b.isnan())).all()), what
+
+
+def same_rows(ours: Fp8Rows, theirs: Fp8Rows, what: str) -> None:
+    assert ours.dtype == theirs.dtype, what
+    same(ours.fp8, theirs.fp8, f"{what}: rows")
+    same(ours.scales, theirs.scales, f"{what}: scales")
+
+
+def close_rows(ours: Fp8Rows, theirs: Fp8Rows, what: str) -> None:
+    """CUDA's exponential errs by 2 units, the CPU's by one or so: a few units before the cast may tip it to the
+    neighbouring number, a factor of 1 +- 2^-3, or 2^-9 of the scale where numbers run out."""
+    a, b = ours.fp8.cpu().double(), theirs.fp8.cpu().double()
+    scale_a, scale_b = (each.scales.cpu().double().repeat_interleave(128, dim=1) for each in (ours, theirs))
+    error, size = (a * scale_a - b * scale_b).abs(), (b * scale_b).abs()
+    assert bool((error <= 2.0**-3 * size + 2.0**-8 * torch.maximum(scale_a, scale_b)).all()), what
+    share = float((error > 0).double().mean()) if error.numel() else 0.0
+    assert share < 0.01, f"{what}: {share:.2%} differ"
+
+
+def kernels() -> Any:
+    from commlib.cuda import quant as fused
+
+    return fused
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns", [128, 384, 7168])
+def test_rows(dtype: torch.dtype, columns: int) -> None:
+    for rows in ROWS:
+        x = make(rows, columns, dtype, rows, is_odd=True)
+        for num_sms in (None, 3):
+            same_rows(kernels().cast_rows(x.cuda(), num_sms=num_sms), quant.cast_rows(x), f"{rows} rows")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pow2", [False, True])
+@pytest.mark.parametrize("shape", [(256, 384), (3, 128, 256), (2, 130, 200), (1, 8, 8), (0, 128, 128)])
+def test_weights(dtype: torch.dtype, pow2: bool, shape: tuple[int, ...]) -> None:
+    w = torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(dtype)
+    if w.numel() > 1000:
+        w.view(-1)[11], w.view(-1)[700] = float("nan"), 300.0
+    for ours, theirs in zip(
+        kernels().quantize_weight(w.cuda(), pow2=pow2), quant.quantize_weight(w, pow2=pow2), strict=True
+    ):
+        same(ours, theirs, str(shape))
+
+
+@pytest.mark.parametrize("pow2", [False, True])
+def test_columns(pow2: bool) -> None:
+    for rows, hidden in ((0, 256), (128, 128), (1280, 7168)):
+        given = quant.quantize_e4m3(make(rows, hidden, torch.bfloat16, rows), pow2=True)
+        ours = kernels().retile_columns(*(each.cuda() for each in given), pow2=pow2)
+        for mine, theirs in zip(ours, quant.retile_columns(*given, pow2=pow2), strict=True):
+            same(mine, theirs, f"{rows} x {hidden}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_swiglu(dtype: torch.dtype) -> None:
+    for rows in ROWS:
+        for width in (128, 384, 2048):
+            generator = torch.Generator().manual_seed(rows + width)
+            gate, up, grad = (torch.randn(rows, width, generator=generator).mul(3).to(dtype) for _ in range(3))
+            weights = torch.rand(rows, generator=generator)
+            what = f"{rows} x {width}, {dtype}"
+            ours, theirs = kernels().swiglu_cast(gate.cuda(), up.cuda(), weights.cuda()), None
+            theirs = quant.swiglu_cast(gate, up, weights)
+            same_rows(ours.gate, theirs.gate, f"{what}: gate")
+            same_rows(ours.up, theirs.up, f"{what}: up")
+            close_rows(ours.inner, theirs.inner, f"{what}: inner")
+            again = kernels().swiglu_again(ours.gate, ours.up, weights.cuda())
+            close_rows(again, quant.swiglu_again(theirs.gate, theirs.up, weights), f"{what}: again")
+            back = kernels().swiglu_backward(grad.cuda(), ours.gate, ours.up, weights.cuda())
+            expected = quant.swiglu_backward(grad, theirs.gate, theirs.up, weights)
+            close_rows(back.gate, expected.gate, f"{what}: gradient of gate")
+            close_rows(back.up, expected.up, f"{what}: gradient of up")
+            inputs = theirs.gate.dequantize().double() * theirs.up.dequantize().double()
+            magnitude = (grad.double() * inputs).abs()
+            bound = (width + 16) * 2.0**-23 * magnitude.sum(dim=1)
+            assert bool(((back.row_weights.cpu() - expected.row_weights).abs() <= bound).all()), what
+
+
+def test_experts_choose_the_kernels_and_compute_the_same() -> None:
+    from commlib.experts import SwiGLUWeights, fp8_swiglu
+
+    results = []
+    for device in ("cpu", "cuda"):
+        generator = torch.Generator().manual_seed(1)
+        weights = SwiGLUWeights(
+            *(
+                (torch.randn(shape, generator=generator) / 16).to(device).requires_grad_()
+                for shape in ((2, 256, 256), (2, 256, 256), (2, 256, 256))
+            )
+        )
+        x = quant.cast_rows(torch.randn(384, 256, generator=generator).bfloat16())
+        x = Fp8Rows(x.fp8.to(device), x.scales.to(device), x.dtype)
+        row_weights = torch.rand(384, generator=generator).to(device).requires_grad_()
+        y = fp8_swiglu(x, row_weights, weights, torch.tensor([128, 384], dtype=torch.int32, device=device))
+        y.backward(torch.randn(384, 256, generator=generator).bfloat16().to(device))
+        results.append([y, row_weights.grad, *(each.grad for each in weights)])
+    for theirs, ours in zip(*results, strict=True):
+        assert ours is not None and theirs is not None
+        error = float((ours.cpu().double() - theirs.double()).norm() / theirs.double().norm())
+        assert error < 2.0**-6, error  # BF16 sums in another order; a wrong scale would give 0.5
+
+
+def test_work_in_graphs() -> None:
+    x = make(256, 512, torch.bfloat16, 1).cuda()
+    kernels().cast_rows(x)  # loads them
+    graph: Any = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = kernels().cast_rows(x)
+    other = make(256, 512, torch.bfloat16, 2)
+    x.copy_(other)
+    graph.replay()
+    torch.cuda.synchronize()
+    same_rows(got, quant.cast_rows(other), "replayed")
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    x = torch.zeros(4, 100, device="cuda")
+    wrong: list[Callable[[], Any]] = [
+        lambda: kernels().cast_rows(x),
+        lambda: kernels().cast_rows(x[:, :64].half()),
+        lambda: kernels().quantize_weight(x),
+        lambda: kernels().swiglu_cast(x.new_zeros(4, 128), x.new_zeros(5, 128), x.new_ones(4)),
+        lambda: kernels().swiglu_cast(x.new_zeros(4, 128), x.new_zeros(4, 128), torch.ones(4)),
+    ]
+    for call in wrong:
+        with pytest.raises(ConfigError):
+            call()
+
+
+def test_speed(capsys: pytest.CaptureFixture[str]) -> None:
+    """Prints what part of a copy of the same bytes each kernel reaches; below a tenth something is badly wrong."""
+    fused, rows, width = kernels(), 32768, 2048
+    gate, up, grad = (torch.randn(rows, width, device="cuda").bfloat16() for _ in range(3))
+    weights = torch.rand(rows, device="cuda")
+    kept = fused.swiglu_cast(gate, up, weights)
+    w = torch.randn(8, 2048, 7168, device="cuda")
+    cases: dict[str, tuple[Callable[[], Any], int]] = {
+        "cast_rows": (lambda: fused.cast_rows(gate), 3 * gate.numel()),
+        "swiglu_cast": (lambda: fused.swiglu_cast(gate, up, weights), 7 * gate.numel()),
+        "swiglu_again": (lambda: fused.swiglu_again(kept.gate, kept.up, weights), 3 * gate.numel()),
+        "swiglu_backward": (lambda: fused.swiglu_backward(grad, kept.gate, kept.up, weights), 6 * gate.numel()),
+        "retile_columns": (lambda: fused.retile_columns(kept.gate.fp8, kept.gate.scales), 2 * gate.numel()),
+        "quantize_weight": (lambda: fused.quantize_weight(w, pow2=True), 5 * w.numel()),
+    }
+    for name, (call, num_bytes) in cases.items():
+        source = torch.empty(num_bytes // 2, dtype=torch.uint8, device="cuda")
+        target = torch.empty_like(source)
+        ours, copy = _microseconds(call), _microseconds(lambda s=source, t=target: t.copy_(s))
+        with capsys.disabled():
+            print(f"{name:<16} {ours:8.1f} us  {num_bytes / ours / 1e3:7.1f} GB/s  {copy / ours:5.2f} of a copy")
+        assert copy > 0.1 * ours, name
+
+
+def _microseconds(call: Callable[[], Any]) -> float:
+    call()
+    times = []
+    for _ in range(10):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(1000 * start.elapsed_time(end))
+    return sorted(times)[5]

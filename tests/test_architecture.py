@@ -72,7 +72,8 @@ NATIVE_TABLE: dict[str, set[str]] = {
     "cuda": {"common", "layout", "channel"},
     "bindings": {"common", "layout", "memory", "channel", "transport", "proxy", "cpu"},
     # Programs that test the folders above; nothing includes them.
-    "tests": {"common", "layout", "memory", "channel", "transport", "proxy", "cpu"},
+    # cuda: kernels that run on a CPU there.
+    "tests": {"common", "layout", "memory", "channel", "transport", "proxy", "cpu", "cuda"},
 }
 
 FORBIDDEN_STEMS = {"utils", "util", "helpers", "helper", "common"}

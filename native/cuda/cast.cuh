@@ -2,6 +2,7 @@
 // Formulas: commlib/quant.py.
 #pragma once
 
+#include "cuda/e4m3.cuh"
 #include "cuda/params.cuh"
 
 namespace commlib::cuda {
@@ -30,12 +31,6 @@ __device__ inline void unpack8(const uint8_t* from, uint32_t dtype, float (&valu
 __device__ inline float next_power_of_two(float scale) {
   const uint32_t bits = __float_as_uint(scale);
   return __uint_as_float(bits >= 0x7f800000u ? bits : (bits + 0x7fffffu) & 0x7f800000u);
-}
-
-__device__ inline uint32_t to_e4m3x2(float low, float high) {
-  uint16_t pair;
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
-  return pair;
 }
 
 // x / scale as IEEE division rounds it, in a quarter of the instructions. The first correction

@@ -21,14 +21,6 @@ struct Fp8In {
   const float* scales;
 };
 
-__device__ inline void from_e4m3x2(uint32_t pair, float* low, float* high) {
-  uint32_t halves;
-  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(uint16_t(pair)));
-  asm("{.reg .f16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}"
-      : "=f"(*low), "=f"(*high)
-      : "r"(halves));
-}
-
 __device__ inline void unpack_e4m3x8(const uint8_t* from, float scale, float (&values)[8]) {
   const uint2 words = *reinterpret_cast<const uint2*>(from);
 #pragma unroll

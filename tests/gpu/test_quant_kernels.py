@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from quant_checks import close_rows, close_sums, make, same, same_rows
 
 from commlib import quant
 from commlib.errors import ConfigError
@@ -16,42 +16,6 @@ from commlib.quant import Fp8Rows
 pytestmark = pytest.mark.gpu
 
 ROWS = [0, 1, 37, 128, 4099]
-
-
-def make(rows: int, columns: int, dtype: torch.dtype, seed: int, *, is_odd: bool = False) -> Tensor:
-    """Rows of very different sizes; with `is_odd` also zeros, infinities, NaNs, and numbers that vanish."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, columns, generator=generator)
-    x *= torch.logspace(-6, 6, max(rows, 1))[:rows, None]
-    if is_odd and rows >= 37:
-        x[0], x[1, 5], x[2, 7], x[3, :128], x[4] = 0.0, float("nan"), float("inf"), 1e-30, -x[4].abs()
-        x[5, 3] = float("-inf")
-    return x.to(dtype)
-
-
-def same(ours: Tensor, theirs: Tensor, what: str) -> None:
-    """Bits, but any NaN is as good as another."""
-    ours, theirs = ours.cpu(), theirs.cpu()
-    assert ours.dtype == theirs.dtype and ours.shape == theirs.shape, what
-    a, b = ours.float(), theirs.float()
-    assert bool(((a == b) | (a.isnan() & b.isnan())).all()), what
-
-
-def same_rows(ours: Fp8Rows, theirs: Fp8Rows, what: str) -> None:
-    assert ours.dtype == theirs.dtype, what
-    same(ours.fp8, theirs.fp8, f"{what}: rows")
-    same(ours.scales, theirs.scales, f"{what}: scales")
-
-
-def close_rows(ours: Fp8Rows, theirs: Fp8Rows, what: str) -> None:
-    """CUDA's exponential errs by 2 units, the CPU's by one or so: a few units before the cast may tip it to the
-    neighbouring number, a factor of 1 +- 2^-3, or 2^-9 of the scale where numbers run out."""
-    a, b = ours.fp8.cpu().double(), theirs.fp8.cpu().double()
-    scale_a, scale_b = (each.scales.cpu().double().repeat_interleave(128, dim=1) for each in (ours, theirs))
-    error, size = (a * scale_a - b * scale_b).abs(), (b * scale_b).abs()
-    assert bool((error <= 2.0**-3 * size + 2.0**-8 * torch.maximum(scale_a, scale_b)).all()), what
-    share = float((error > 0).double().mean()) if error.numel() else 0.0
-    assert share < 0.01, f"{what}: {share:.2%} differ"
 
 
 def kernels() -> Any:
@@ -111,9 +75,7 @@ def test_swiglu(dtype: torch.dtype) -> None:
             close_rows(back.gate, expected.gate, f"{what}: gradient of gate")
             close_rows(back.up, expected.up, f"{what}: gradient of up")
             inputs = theirs.gate.dequantize().double() * theirs.up.dequantize().double()
-            magnitude = (grad.double() * inputs).abs()
-            bound = (width + 16) * 2.0**-23 * magnitude.sum(dim=1)
-            assert bool(((back.row_weights.cpu() - expected.row_weights).abs() <= bound).all()), what
+            close_sums(back.row_weights, expected.row_weights, grad.double() * inputs)
 
 
 def test_experts_choose_the_kernels_and_compute_the_same() -> None:

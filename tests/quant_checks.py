@@ -1,0 +1,52 @@
+"""Inputs and comparisons for the kernels of casts, on GPUs and as they run on a CPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from commlib.quant import Fp8Rows
+
+__all__ = ["close_rows", "close_sums", "make", "same", "same_rows"]
+
+
+def make(rows: int, columns: int, dtype: torch.dtype, seed: int, *, is_odd: bool = False) -> Tensor:
+    """Rows of very different sizes; with `is_odd` also zeros, infinities, NaNs, and numbers that vanish."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, columns, generator=generator)
+    x *= torch.logspace(-6, 6, max(rows, 1))[:rows, None]
+    if is_odd and rows >= 37:
+        x[0], x[1, 5], x[2, 7], x[3, :128], x[4] = 0.0, float("nan"), float("inf"), 1e-30, -x[4].abs()
+        x[5, 3] = float("-inf")
+    return x.to(dtype)
+
+
+def same(ours: Tensor, theirs: Tensor, what: str) -> None:
+    """Bits, but any NaN is as good as another."""
+    ours, theirs = ours.cpu(), theirs.cpu()
+    assert ours.dtype == theirs.dtype and ours.shape == theirs.shape, what
+    a, b = ours.float(), theirs.float()
+    assert bool(((a == b) | (a.isnan() & b.isnan())).all()), what
+
+
+def same_rows(ours: Fp8Rows, theirs: Fp8Rows, what: str) -> None:
+    assert ours.dtype == theirs.dtype, what
+    same(ours.fp8, theirs.fp8, f"{what}: rows")
+    same(ours.scales, theirs.scales, f"{what}: scales")
+
+
+def close_rows(ours: Fp8Rows, theirs: Fp8Rows, what: str) -> None:
+    """CUDA's exponential errs by 2 units, the CPU's by one or so: a few units before the cast may tip it to the
+    neighbouring number, a factor of 1 +- 2^-3, or 2^-9 of the scale where numbers run out."""
+    a, b = ours.fp8.cpu().double(), theirs.fp8.cpu().double()
+    scale_a, scale_b = (each.scales.cpu().double().repeat_interleave(128, dim=1) for each in (ours, theirs))
+    error, size = (a * scale_a - b * scale_b).abs(), (b * scale_b).abs()
+    assert bool((error <= 2.0**-3 * size + 2.0**-8 * torch.maximum(scale_a, scale_b)).all()), what
+    share = float((error > 0).double().mean()) if error.numel() else 0.0
+    assert share < 0.01, f"{what}: {share:.2%} differ"
+
+
+def close_sums(ours: Tensor, theirs: Tensor, terms: Tensor) -> None:
+    """Sums over the last dimension of `terms`, in any order, of products of a few roundings each."""
+    bound = (terms.shape[-1] + 16) * 2.0**-23 * terms.double().abs().sum(dim=-1)
+    assert bool(((ours.cpu().double() - theirs.double()).abs() <= bound).all())

@@ -291,7 +291,7 @@ def arrived_rows(
 
 
 def plain(rows: torch.Tensor) -> torch.Tensor:
-    """Rows with memory of their own, as a combine takes them."""
+    """Rows with memory of their own: ranks must not differ in what they hand to an operation."""
     return rows.dequantize() if isinstance(rows, Fp8Rows) else rows
 
 
@@ -350,7 +350,7 @@ class _Combine(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: torch.Tensor) -> Any:
-        result = ctx.runtime.dispatch(grad_out, handle=ctx.handle, fp8=ctx.grad_fp8)
+        result = ctx.runtime.dispatch(plain(grad_out), handle=ctx.handle, fp8=ctx.grad_fp8)
         keep_fp8 = ctx.keeps_fp8 and not ctx.has_weights
         grad_rows = arrived_rows(result.x, result.scales, grad_out.dtype, keep_fp8=keep_fp8)
         grad_link = torch.zeros(())

@@ -75,9 +75,11 @@ class Runtime:
             self.rank: int = boot.rank
             self.num_ranks: int = boot.size
             self.topology, plan = _agree_on_topology(boot, self.config, topology, env, connect_timeout_s, device)
+            self._plan_text = ""
             if plan is not None:
                 self.config = apply_plan(self.config, plan)
-            self._plan_text = "" if plan is None else f"\ntuned plan: {json.dumps(plan)}"
+                in_use = {name: value for name, value in plan.items() if getattr(self.config, name) == value}
+                self._plan_text = f"\ntuned plan: {json.dumps(in_use)}"
             self._executor: Executor = make_executor(boot, self.config, self.topology, self._id, connect_timeout_s)
             self._bootstrap_text = boot.describe()
         finally:

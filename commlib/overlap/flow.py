@@ -185,7 +185,7 @@ class Flow:
         grad, *passage.kept_grads = grads
         how = passage.layer.exchange
         passage.pending = how.runtime.dispatch_send(
-            _or_zeros(grad, passage.combined), handle=passage.handle, fp8=how.grad_fp8
+            plain(_or_zeros(grad, passage.combined)), handle=passage.handle, fp8=how.grad_fp8
         )
 
     def _combine_back_recv(self, passage: _Passage) -> None:

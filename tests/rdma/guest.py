@@ -162,6 +162,8 @@ def main(verbs_test: str, report_path: str) -> None:
     report.add("native", lambda: run_native(verbs_test))
     report.add("dispatch 2 x 2", lambda: run_ranks(moe_numpy.check_rank, 2, {}))
     report.add("dispatch 4 x 1", lambda: run_ranks(moe_numpy.check_rank, 1, {"COMMLIB_SIGNAL": "immediate"}))
+    threads = {"COMMLIB_NUM_PROXY_THREADS": "3"}
+    report.add("dispatch 4 x 1, threads", lambda: run_ranks(moe_numpy.check_rank, 1, threads))
     report.add("lost rank", lambda: run_ranks(moe_numpy.lose_rank, 2, {"COMMLIB_RETRY_COUNT": "3"}))
     report.add("native, loss", lambda: with_loss(lambda: run_native(verbs_test, "-tc=threads*,processes*,*larger*")))
     many = partial(moe_numpy.check_rank, num_rounds=10)  # so that some of the packets get lost

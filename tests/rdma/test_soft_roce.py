@@ -22,7 +22,7 @@ MTU = 4096  # bytes of the largest packet's payload
 
 pytestmark = pytest.mark.rdma
 
-DISPATCHES = ("dispatch 2 x 2", "dispatch 4 x 1", "dispatch, loss")
+DISPATCHES = ("dispatch 2 x 2", "dispatch 4 x 1", "dispatch 4 x 1, threads", "dispatch, loss")
 LOSSY = ("native, loss", "dispatch, loss")
 
 

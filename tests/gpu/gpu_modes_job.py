@@ -14,7 +14,7 @@ from gpu.gpu_job import Case, assert_bits, case_of, join, open_runtime, workload
 from torch import Tensor
 
 from commlib import ops, reference
-from commlib.bootstrap import connect
+from commlib.bootstrap import Bootstrap, connect
 from commlib.config import RuntimeConfig
 from commlib.errors import ConfigError, PeerLostError
 from commlib.runtime import Runtime
@@ -265,8 +265,13 @@ def _check_latency_errors(case: Case, runtime: Runtime) -> None:
 
 
 def autograd_rank() -> None:
-    """Forward and backward against a dense formulation: y_t = sum over slots of weight * scale[expert] * x_t."""
     boot, device = join()
+    check_autograd(boot, device)
+    print(f"rank {boot.rank}: autograd OK", flush=True)
+
+
+def check_autograd(boot: Bootstrap, device: torch.device) -> None:
+    """Forward and backward against a dense formulation: y_t = sum over slots of weight * scale[expert] * x_t."""
     for name in ("uniform", "masked", "empty_rank"):
         work = workload_of(name, boot.size, 1, 40)
         with open_runtime(boot, device, work, 256) as runtime:
@@ -301,7 +306,6 @@ def autograd_rank() -> None:
                 assert ours[1].grad is not None and dense[1].grad is not None
                 bound = 256 * 2.0**-24 * (x * grad).abs().sum(dim=1, keepdim=True) * factor.abs() + 1e-30
                 assert bool(((ours[1].grad - dense[1].grad).abs() <= bound).all()), f"{name}: weight gradients"
-    print(f"rank {boot.rank}: autograd OK", flush=True)
 
 
 def nccl_rank() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from gpu.gpu_job import assert_bits, case_of, check_fp8, check_plain, open_runtime, workload_of
+from gpu.gpu_modes_job import check_autograd
 
 from commlib import reference
 from commlib.bootstrap import Bootstrap, connect
@@ -186,3 +187,8 @@ def lost_rank() -> None:
     assert caught.value.peer == boot.size - 1 and time.monotonic() - start < 30
     runtime.close()
     print(f"rank {boot.rank}: lost OK", flush=True)
+
+
+def autograd_rank() -> None:
+    boot, device = join()
+    check_autograd(boot, device)

@@ -48,6 +48,14 @@ def test_sums_of_the_own_node_behind_two_others() -> None:
     check("uneven_rank", 4, 1, [0, 1, 2, 2])
 
 
+def test_several_proxy_threads() -> None:
+    check("plain_rank", 4, 1, ["uniform", "masked"], 256, 37, {**SMALL, "num_proxy_threads": 3})
+
+
+def test_autograd() -> None:
+    check("autograd_rank", 4, 2)
+
+
 def test_wide_rows_and_many_blocks() -> None:
     check("plain_rank", 4, 2, ["masked", "skewed"], 7168, 101, {"num_sms": 12})
 

@@ -81,7 +81,7 @@ class TorchExchange:
         token, slot = token[order], slot[order]
         counts = torch.bincount(topk_idx[token, slot], minlength=self._num_experts)  # [expert] own rows
         all_counts = counts.new_empty(self.num_ranks, self._num_experts)
-        dist.all_gather_into_tensor(all_counts, counts[None], group=self._group)
+        dist.all_gather(list(all_counts.unbind()), counts, group=self._group)
         table = all_counts.tolist()  # the host has to know how much to ask for
         mine = slice(self.rank * self._per_rank, (self.rank + 1) * self._per_rank)
         sent = [sum(table[self.rank][r * self._per_rank : (r + 1) * self._per_rank]) for r in range(self.num_ranks)]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +17,8 @@ from commlib.testing.spawn import check_ranks
 
 pytestmark = pytest.mark.multirank
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "examples"
 
 
 class Run(NamedTuple):
@@ -125,6 +129,24 @@ def assert_same_to_rounding(ours: Run, theirs: Run, first_step: int) -> None:
 
 def test_later_bytes_do_not_reach_earlier_predictions() -> None:
     train_moe_job.whole_model_is_causal()
+
+
+@pytest.mark.parametrize("options", [[], ["--fp8"]])
+def test_overlap_figures_compare_all_ways(options: list[str]) -> None:
+    """Gradients of all ways are compared inside; here that every way has its line."""
+    command = ["-m", "examples.overlap_figures", "--tokens", "64", "--iterations", "2", *options]
+    done = subprocess.run(
+        [ROOT / "launch" / "mpirun", "-n", "2", sys.executable, *command],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    ways = ["in turn", "overlapped", "replaced by nothing", *([] if options else ["torch"])]
+    for way in ways:
+        assert re.search(rf"^{way} +[0-9.]+ ms +[0-9.]+ x overlapped$", done.stdout, re.MULTILINE), done.stdout
+    assert re.search(r"covers: [0-9.]+% of the overlapped step", done.stdout), done.stdout
 
 
 @pytest.mark.parametrize("script", ["dispatch_combine.py", "moe_layer.py", "fp8_activations.py"])

@@ -1,0 +1,1 @@
+"""What hiding communication brings: `python -m examples.overlap_figures`."""

@@ -17,7 +17,7 @@ from commlib.env import read_env
 from commlib.errors import CapacityError, ConfigError
 from commlib.launch_plan import plan_launch
 from commlib.topology import Topology
-from commlib.tuned_plans import Plan, default_file, shape_key, store_plan
+from commlib.tuned_plans import Plan, default_file, shape_key, store_plan, topology_key
 
 __all__ = ["MARGIN", "Trial", "default_plan", "printer", "search", "tune"]
 
@@ -32,7 +32,7 @@ class Trial(Protocol):
     rank: int
     device: str  # as plans name it
     topology: Topology
-    config: RuntimeConfig  # with the default plan
+    config: RuntimeConfig  # that of a Runtime with the default plan: as the environment and the ranks have it
 
     def seconds(self, config: RuntimeConfig) -> float:
         """Dispatch and combine in a Runtime with this config: median over iterations of the slowest rank. Collective.
@@ -46,7 +46,7 @@ def tune(trial: Trial, show: Callable[[str], None]) -> Plan:
     """Searches, stores what it finds and returns it. Collective; `show` gets lines on rank 0."""
     start = default_plan(trial)
     if not start:
-        show("nothing to tune: GPUs of one node have no chunks, no rings and no roles for the network")
+        show("nothing to tune: what could be is set in the environment, or this is one node of GPUs")
         return {}
 
     def seconds(plan: Plan) -> float:
@@ -60,7 +60,7 @@ def tune(trial: Trial, show: Callable[[str], None]) -> Plan:
 
     best = search(start, seconds)
     if best != start:
-        show("once more, in turn:")
+        show("the default plan and the fastest once more, in turn:")
         times = [(seconds(start), seconds(best)) for _ in range(_ROUNDS)]
         before, after = (sorted(each)[_ROUNDS // 2] for each in zip(*times, strict=True))
         show(f"{after / before:.3f} of the time of the default plan")
@@ -69,13 +69,15 @@ def tune(trial: Trial, show: Callable[[str], None]) -> Plan:
     if trial.rank == 0:
         named = read_env().plans
         path = default_file() if named in (None, "off") else Path(str(named))
-        store_plan(path, shape_key(trial.config, trial.device), trial.topology, best)
-        show(f"{'kept the default plan' if best == start else f'plan: {_text(best)}'}; stored in {path}")
+        show("the default plan stays" if best == start else f"plan: {_text(best)}")
+        network = topology_key(trial.topology, trial.config.transport)
+        store_plan(path, shape_key(trial.config, trial.device), network, best)
+        show(f"stored in {path}")
     return best
 
 
 def default_plan(trial: Trial) -> Plan:
-    """What may be tuned, with the values that hold without tuning."""
+    """What may be tuned, with the values that hold without tuning; what the environment sets may not."""
     config, is_cpu, has_network = trial.config, trial.device == "cpu", trial.topology.num_nodes > 1
     plan = {}
     if is_cpu:
@@ -85,7 +87,8 @@ def default_plan(trial: Trial) -> Plan:
     if has_network and not is_cpu:
         launch = plan_launch(config, trial.topology)
         plan |= {"out_blocks": launch.out_blocks, "in_blocks": launch.in_blocks}
-    return plan
+    env = read_env()
+    return {name: value for name, value in plan.items() if getattr(env, name) is None}
 
 
 def search(start: Plan, seconds: Callable[[Plan], float]) -> Plan:
@@ -112,7 +115,7 @@ def _neighbours(plan: Plan) -> list[Plan]:
     found = []
     for name, value in plan.items():
         found += [{**plan, name: other} for other in (2 * value, value // 2) if other >= 1]
-    if "ring_bytes" in plan:  # both together: as many chunks, each larger
+    if "chunk_bytes" in plan and "ring_bytes" in plan:  # both together: as many chunks, each larger
         found.append({**plan, "chunk_bytes": 2 * plan["chunk_bytes"], "ring_bytes": 2 * plan["ring_bytes"]})
     return found
 

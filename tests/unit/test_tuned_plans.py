@@ -123,27 +123,33 @@ def test_search_walks_to_the_fastest() -> None:
 
 
 class FakeTrial:
-    """Smaller chunks are faster by `gain`; larger rings do not fit."""
+    """Smaller chunks are faster by `gain`, but for the call of that number; larger rings do not fit."""
 
     rank, device, topology, config = 0, "cpu", Topology.uniform(4, 2), CONFIG
 
-    def __init__(self, gain: float) -> None:
-        self.gain = gain
+    def __init__(self, gain: float, bad_call: int | None = None) -> None:
+        self.gain, self.bad_call, self.num_calls = gain, bad_call, 0
 
     def seconds(self, config: RuntimeConfig) -> float:
         if config.ring_bytes > CONFIG.ring_bytes:
             raise CapacityError("no room", needed=2, available=1)
-        return 1.0 - self.gain * (config.chunk_bytes == 32768)
+        if config.chunk_bytes != 32768:
+            return 1.0
+        self.num_calls += 1
+        return 1.1 if self.num_calls == self.bad_call else 1.0 - self.gain
 
 
-@pytest.mark.parametrize(("gain", "chunk_bytes"), [(0.5, 32768), (0.01, 65536)])
-def test_tuning_stores_what_is_faster_beyond_noise(
-    gain: float, chunk_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+# The search calls four times with chunks of that size, so the seventh call is the third comparison.
+@pytest.mark.parametrize(
+    ("gain", "bad_call", "chunk_bytes"), [(0.5, None, 32768), (0.01, None, 65536), (0.5, 7, 65536)]
+)
+def test_tuning_stores_what_is_faster_each_time_and_beyond_noise(
+    gain: float, bad_call: int | None, chunk_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "plans.json"
     monkeypatch.setenv("COMMLIB_PLANS", str(path))
     lines: list[str] = []
-    trial = FakeTrial(gain)
+    trial = FakeTrial(gain, bad_call)
     best = tune(trial, lines.append)
     assert best == {**default_plan(trial), "chunk_bytes": chunk_bytes}
     assert read_plans(path).of_shape(shape_key(CONFIG, "cpu")).of_topology(TWO_NODES) == best

@@ -57,7 +57,8 @@ class RuntimeConfig:
         heartbeat_timeout_s: seconds without a heartbeat after which a peer counts as lost.
         transport: name of the scale-out transport.
         use_tuned_plan: whether a plan that `commlib bench --tune` has found for this shape and topology replaces
-            `chunk_tokens`, `chunk_bytes`, `ring_bytes`, `out_blocks` and `in_blocks` where they have their defaults.
+            `chunk_tokens`, `chunk_bytes`, `ring_bytes`, `out_blocks` and `in_blocks` where they have their defaults and
+            the environment says nothing.
 
     Raises:
         ConfigError: a value breaks a rule; the message holds the value and the rule.
@@ -143,13 +144,18 @@ class RuntimeConfig:
                 raise ConfigError(f"{field.name}={value!r} is not an integer >= 1")
 
     def with_env(self, env: Env) -> RuntimeConfig:
-        """A copy in which timeouts, threads and transport follow `env` where it sets them."""
+        """A copy in which timeouts, threads, transport, chunks, rings and blocks follow `env` where it sets them."""
         overrides = {
             "timeout_s": env.timeout_s,
             "heartbeat_timeout_s": env.heartbeat_timeout_s,
             "num_threads": env.num_threads,
             "num_proxy_threads": env.num_proxy_threads,
             "transport": env.transport,
+            "chunk_tokens": env.chunk_tokens,
+            "chunk_bytes": env.chunk_bytes,
+            "ring_bytes": env.ring_bytes,
+            "out_blocks": env.out_blocks,
+            "in_blocks": env.in_blocks,
         }
         return dataclasses.replace(self, **{k: v for k, v in overrides.items() if v is not None})  # type: ignore[arg-type]
 

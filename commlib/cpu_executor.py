@@ -151,14 +151,6 @@ class CpuExecutor:
             raise error_of(outcome, self._rank)
 
 
-def agree_on_transport(boot: Bootstrap, name: str, options: Any, timeout_s: float) -> str:
-    """Collective. "auto" is verbs where every rank can use it, else ucx: ranks of different nodes must not differ."""
-    if name != "auto":
-        return name
-    told = allgather_or_raise(boot, lambda: b"1" if _native.has_verbs(options) else b"0", timeout_s=timeout_s)
-    return "verbs" if all(each == b"1" for each in told) else "ucx"
-
-
 def _spans_of(op: Any) -> list[Span]:
     """Of a finished operation: all of it, its exchanges, and what passed rows on between nodes."""
     if not op.spans:  # the engine was stopped before it came to it
@@ -214,8 +206,6 @@ def _build_engine(boot: Bootstrap, config: RuntimeConfig, topology: Topology, ti
     try:
         # What one rank's environment says may not fit; that is for all to know.
         allgather_or_raise(boot, configure, timeout_s=timeout_s)
-        if topology.num_nodes > 1:
-            native.transport = agree_on_transport(boot, config.transport, native.transport_options, timeout_s)
         addresses = allgather_or_raise(boot, build, timeout_s=timeout_s)
         # Nobody may go on (or away) before the slowest has mapped everybody's memory.
         allgather_or_raise(boot, connect, timeout_s=timeout_s)

@@ -15,7 +15,14 @@ COMMLIB_TRANSPORT               name of the scale-out transport: ucx | verbs | a
 COMMLIB_NUM_THREADS             worker threads of the CPU executor, per rank
 COMMLIB_NUM_PROXY_THREADS       threads that carry bytes between nodes, per rank
 COMMLIB_BOOTSTRAP               auto | mpi | zmq | torch
-COMMLIB_PLANS                   file of tuned plans, read by rank 0 (~/.cache/commlib/plans.json); off: none
+COMMLIB_PLANS                   file of tuned plans, read by rank 0 (plans.json in `cache_folder`); off: none
+
+what a tuned plan would set, and RuntimeConfig explains; equal on all ranks:
+COMMLIB_CHUNK_TOKENS            tokens moved per signal inside a node
+COMMLIB_CHUNK_BYTES             bytes of a put between nodes
+COMMLIB_RING_BYTES              bytes of a ring between nodes
+COMMLIB_OUT_BLOCKS              multiprocessors of a GPU that send to other nodes
+COMMLIB_IN_BLOCKS               multiprocessors of a GPU that take in what comes from other nodes
 
 only the verbs transport reads:
 COMMLIB_NICS                    ports to use, "mlx5_0,mlx5_1:2"; unset: the nearest
@@ -41,11 +48,12 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from commlib.errors import ConfigError
 
-__all__ = ["BOOTSTRAPS", "LOG_LEVELS", "SIGNALS", "Env", "launcher_environment", "read_env"]
+__all__ = ["BOOTSTRAPS", "LOG_LEVELS", "SIGNALS", "Env", "cache_folder", "launcher_environment", "read_env"]
 
 PREFIX = "COMMLIB_"
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -73,6 +81,11 @@ class Env:
     num_proxy_threads: int | None = None
     bootstrap: str = "auto"
     plans: str | None = None
+    chunk_tokens: int | None = None
+    chunk_bytes: int | None = None
+    ring_bytes: int | None = None
+    out_blocks: int | None = None
+    in_blocks: int | None = None
     nics: tuple[str, ...] | None = None
     max_nics: int | None = None
     gid_index: int | None = None
@@ -163,6 +176,11 @@ _PARSERS: dict[str, tuple[str, Callable[[str, str], Any]]] = {
     "COMMLIB_NUM_PROXY_THREADS": ("num_proxy_threads", _integer(1, 8)),
     "COMMLIB_BOOTSTRAP": ("bootstrap", _choice(BOOTSTRAPS)),
     "COMMLIB_PLANS": ("plans", _text),
+    "COMMLIB_CHUNK_TOKENS": ("chunk_tokens", _integer(1)),
+    "COMMLIB_CHUNK_BYTES": ("chunk_bytes", _integer(1, 2**48)),
+    "COMMLIB_RING_BYTES": ("ring_bytes", _integer(1, 2**48)),
+    "COMMLIB_OUT_BLOCKS": ("out_blocks", _integer(1)),
+    "COMMLIB_IN_BLOCKS": ("in_blocks", _integer(1)),
     "COMMLIB_NICS": ("nics", _ports),
     "COMMLIB_MAX_NICS": ("max_nics", _integer(1)),
     "COMMLIB_GID_INDEX": ("gid_index", _integer(0, 255)),
@@ -203,3 +221,11 @@ def read_env(environ: Mapping[str, str] = os.environ) -> Env:
 def launcher_environment() -> Mapping[str, str]:
     """What mpirun, torchrun and others tell the processes that they start (PMI_RANK, RANK, MASTER_ADDR, ...)."""
     return {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
+
+
+def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
+    """Where compiled kernels and tuned plans are kept: commlib in $XDG_CACHE_HOME, which is ~/.cache where it is unset
+    or, as its specification has it, not absolute.
+    """
+    told = environ.get("XDG_CACHE_HOME", "")
+    return (Path(told) if os.path.isabs(told) else Path(os.path.expanduser("~/.cache"))) / "commlib"

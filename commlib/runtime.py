@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import logging
@@ -22,7 +23,15 @@ from commlib.handle import Combined, Dispatched, Handle
 from commlib.layout import Layout
 from commlib.memory import MemoryReport
 from commlib.topology import Topology, node_key
-from commlib.tuned_plans import Plan, Plans, apply_plan, default_file, read_plans, shape_key
+from commlib.tuned_plans import (
+    TUNED_FIELDS,
+    Plans,
+    apply_plan,
+    default_file,
+    read_plans,
+    shape_key,
+    topology_key,
+)
 
 if TYPE_CHECKING:
     from commlib.trace import Recorder, Span
@@ -43,7 +52,7 @@ class Runtime:
     Args:
         group: the ranks: an mpi4py communicator, a torch ProcessGroup, a 1-D DeviceMesh, a `commlib.bootstrap`
             Bootstrap, or None to find out (mpirun, torchrun, `COMMLIB_RENDEZVOUS`, else one rank alone).
-        config: shape and limits; environment variables override timeouts, threads and transport.
+        config: shape and limits; environment variables override timeouts, threads, transport, chunks, rings and blocks.
         device: where rows live and who moves them: None or "cpu" (numpy arrays and CPU tensors, moved by threads), or
             a CUDA device (CUDA tensors, moved by kernels), the same kind on all ranks. Ranks may share a GPU.
         topology: which rank sits on which node; None = found out, or `COMMLIB_RANKS_PER_NODE`.
@@ -74,10 +83,17 @@ class Runtime:
         try:
             self.rank: int = boot.rank
             self.num_ranks: int = boot.size
-            self.topology, plan = _agree_on_topology(boot, self.config, topology, env, connect_timeout_s, device)
+            self.topology, plans = _agree_on_topology(boot, self.config, topology, env, connect_timeout_s, device)
+            if self.config.transport == "auto" and self.topology.num_nodes > 1:
+                from commlib.transport import agree_on_transport  # here: it needs the native core
+
+                local_rank = self.topology.local_rank(self.rank)
+                transport = agree_on_transport(boot, local_rank, connect_timeout_s)
+                self.config = dataclasses.replace(self.config, transport=transport)
+            plan = plans.of_topology(topology_key(self.topology, self.config.transport))
             self._plan_text = ""
             if plan is not None:
-                self.config = apply_plan(self.config, plan)
+                self.config = apply_plan(self.config, plan, env)
                 in_use = {name: value for name, value in plan.items() if getattr(self.config, name) == value}
                 self._plan_text = f"\ntuned plan: {json.dumps(in_use)}"
             self._executor: Executor = make_executor(boot, self.config, self.topology, self._id, connect_timeout_s)
@@ -348,8 +364,8 @@ def _agree_on_topology(
     env: Env,
     timeout_s: float,
     device: Any,
-) -> tuple[Topology, Plan | None]:
-    """The topology, and the tuned plan that rank 0 knows for it.
+) -> tuple[Topology, Plans]:
+    """The topology, and the tuned plans that rank 0 knows for the shape.
 
     Raises:
         ConfigError: on all ranks alike, a rank's numbers do not fit or ranks were told different things.
@@ -373,7 +389,13 @@ def _agree_on_topology(
             plans = known.of_shape(shape_key(config, _name_of(device)))
         return json.dumps(
             {
-                "must agree": {**config.shared(), "device": _kind_of(device), "topology": nodes},
+                "must agree": {
+                    **config.shared(),
+                    "device": _kind_of(device),
+                    "topology": nodes,
+                    # Equal values do not say where they come from, which decides whether a plan replaces them.
+                    "environment": [name for name in TUNED_FIELDS if getattr(env, name) is not None],
+                },
                 "node": node_key(),
                 "plans": plans.to_bytes().decode(),
             }
@@ -385,8 +407,7 @@ def _agree_on_topology(
     plans = Plans.from_bytes(told[0]["plans"].encode())
     keys = [each["node"] for each in told]
     if nodes == "found out":
-        found = Topology.from_node_keys(keys)
-        return found, plans.of_nodes(found)
+        return Topology.from_node_keys(keys), plans
     given = Topology(tuple(nodes))
     for ranks in map(given.ranks_of_node, range(given.num_nodes)):
         for rank in ranks:
@@ -395,4 +416,4 @@ def _agree_on_topology(
                     f"ranks {ranks[0]} and {rank} are declared to share node {given.node(rank)}, but cannot share "
                     f"memory: {keys[ranks[0]]} and {keys[rank]}"
                 )
-    return given, plans.of_nodes(given)
+    return given, plans

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from commlib import _native
-from commlib.env import Env
+from commlib.bootstrap import Bootstrap
+from commlib.bootstrap.agreement import allgather_or_raise
+from commlib.env import Env, read_env
 
-__all__ = ["transport_options"]
+__all__ = ["agree_on_transport", "transport_options"]
 
 # Fields of the native TransportOptions that have the name and the value of the Env's.
 _COPIED = (
@@ -36,3 +38,17 @@ def transport_options(env: Env) -> Any:
     if env.signal is not None:
         options.signal_by_immediate = env.signal == "immediate"
     return options
+
+
+def agree_on_transport(boot: Bootstrap, local_rank: int, timeout_s: float) -> str:
+    """What "auto" means: verbs where every rank can use it, else ucx; ranks of different nodes must not differ.
+    Collective.
+    """
+
+    def tell() -> bytes:
+        options = transport_options(read_env())
+        options.local_rank = local_rank
+        return b"1" if _native.has_verbs(options) else b"0"
+
+    told = allgather_or_raise(boot, tell, timeout_s=timeout_s)
+    return "verbs" if all(each == b"1" for each in told) else "ucx"

@@ -15,13 +15,24 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from commlib.config import RuntimeConfig
+from commlib.env import Env, cache_folder
 from commlib.errors import ConfigError
 from commlib.topology import Topology
 
-__all__ = ["TUNED_FIELDS", "Plan", "Plans", "apply_plan", "default_file", "read_plans", "shape_key", "store_plan"]
+__all__ = [
+    "TUNED_FIELDS",
+    "Plan",
+    "Plans",
+    "apply_plan",
+    "default_file",
+    "read_plans",
+    "shape_key",
+    "store_plan",
+    "topology_key",
+]
 
 _logger = logging.getLogger("commlib")
-_VERSION = 1
+_VERSION = 2
 
 # Fields of RuntimeConfig that a plan may set.
 TUNED_FIELDS = ("chunk_tokens", "chunk_bytes", "ring_bytes", "out_blocks", "in_blocks")
@@ -35,26 +46,30 @@ _SHAPE_FIELDS = (
     "num_proxy_threads",
     "num_sms",
     "num_local_sms",
-    "transport",
 )
 
 Plan = dict[str, int]
 
 
 def shape_key(config: RuntimeConfig, device: str) -> dict[str, Any]:
-    """What of a Runtime a plan depends on, but for its topology; `device` is "cpu" or the name of the GPU."""
+    """What of a Runtime a plan depends on, but for its topology; `device` is "cpu" or the name of the GPU.
+
+    Not the dtype: a Runtime carries rows of several.
+    """
     return {"device": device, **{name: getattr(config, name) for name in _SHAPE_FIELDS}}
 
 
-def _node_sizes(topology: Topology) -> list[int]:
-    return [len(topology.ranks_of_node(node)) for node in range(topology.num_nodes)]
+def topology_key(topology: Topology, transport: str) -> dict[str, Any]:
+    """The rest: how many ranks share a node, and what carries bytes between nodes (not "auto")."""
+    sizes = [len(topology.ranks_of_node(node)) for node in range(topology.num_nodes)]
+    return {"node_sizes": sizes, "transport": transport if topology.num_nodes > 1 else None}
 
 
 class Entry(NamedTuple):
     """A plan and what it is for."""
 
     shape: dict[str, Any]
-    node_sizes: list[int]
+    topology: dict[str, Any]
     plan: Plan
 
 
@@ -68,10 +83,9 @@ class Plans:
         """Those for one shape: see `shape_key`."""
         return Plans(tuple(each for each in self.entries if each.shape == shape))
 
-    def of_nodes(self, topology: Topology) -> Plan | None:
-        """Of plans for one shape that for nodes of such sizes."""
-        sizes = _node_sizes(topology)
-        return next((each.plan for each in self.entries if each.node_sizes == sizes), None)
+    def of_topology(self, topology: dict[str, Any]) -> Plan | None:
+        """Of plans for one shape that for one topology: see `topology_key`."""
+        return next((each.plan for each in self.entries if each.topology == topology), None)
 
     def to_bytes(self) -> bytes:
         return json.dumps({"version": _VERSION, "plans": [each._asdict() for each in self.entries]}, indent=1).encode()
@@ -84,7 +98,7 @@ class Plans:
             raise ValueError(f"version {told['version']}, not {_VERSION}")
         entries = []
         for each in told["plans"]:
-            entry = Entry(dict(each["shape"]), list(each["node_sizes"]), dict(each["plan"]))
+            entry = Entry(dict(each["shape"]), dict(each["topology"]), dict(each["plan"]))
             unknown = set(entry.plan) - set(TUNED_FIELDS)
             if unknown or not all(type(value) is int and value >= 1 for value in entry.plan.values()):
                 raise ValueError(f"a plan of {entry.plan}")
@@ -94,7 +108,7 @@ class Plans:
 
 def default_file() -> Path:
     """Where plans are kept unless COMMLIB_PLANS says otherwise."""
-    return Path(os.path.expanduser("~/.cache/commlib/plans.json"))
+    return cache_folder() / "plans.json"
 
 
 def read_plans(path: Path) -> Plans:
@@ -108,13 +122,13 @@ def read_plans(path: Path) -> Plans:
         return Plans()
 
 
-def store_plan(path: Path, shape: dict[str, Any], topology: Topology, plan: Plan) -> None:
+def store_plan(path: Path, shape: dict[str, Any], topology: dict[str, Any], plan: Plan) -> None:
     """Adds a plan, in place of an older one for the same shape and topology. Others see the old file or the new one.
 
     Raises:
         OSError: the file cannot be written.
     """
-    entry = Entry(shape, _node_sizes(topology), plan)
+    entry = Entry(shape, topology, plan)
     kept = [each for each in read_plans(path).entries if each[:2] != entry[:2]]
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent)
@@ -123,13 +137,17 @@ def store_plan(path: Path, shape: dict[str, Any], topology: Topology, plan: Plan
     os.replace(name, path)
 
 
-def apply_plan(config: RuntimeConfig, plan: Plan) -> RuntimeConfig:
-    """`config` with the plan's values in those fields that have their defaults; what a caller has set stands.
+def apply_plan(config: RuntimeConfig, plan: Plan, env: Env) -> RuntimeConfig:
+    """`config` with the plan's values in those fields that have their defaults and are not set in the environment.
 
     A plan that does not go with the rest of the config changes nothing, and says so in the log.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(RuntimeConfig)}
-    changes: Any = {name: value for name, value in plan.items() if getattr(config, name) == defaults[name]}
+    changes: Any = {
+        name: value
+        for name, value in plan.items()
+        if getattr(config, name) == defaults[name] and getattr(env, name) is None
+    }
     try:
         return dataclasses.replace(config, **changes)
     except ConfigError as error:

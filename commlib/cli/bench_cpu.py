@@ -87,9 +87,8 @@ class CpuTrial:
     def __init__(self, comm: Any, shape: Shape, arguments: argparse.Namespace) -> None:
         self._comm, self._shape, self._arguments = comm, shape, arguments
         self.rank: int = comm.rank
-        self.config = replace(_config_of(shape, arguments), use_tuned_plan=False)
-        with Runtime(comm, self.config) as runtime:
-            self.topology = runtime.topology
+        with Runtime(comm, replace(_config_of(shape, arguments), use_tuned_plan=False)) as runtime:
+            self.config, self.topology = runtime.config, runtime.topology
             self.inputs = _make_inputs(shape, runtime, arguments.max_nodes, arguments.seed)
 
     def seconds(self, config: RuntimeConfig) -> float:

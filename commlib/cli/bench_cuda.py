@@ -346,10 +346,9 @@ class CudaTrial:
 
     def __init__(self, bench: CudaBench) -> None:
         self._bench, self.rank = bench, bench.boot.rank
-        self.config = replace(bench.config, use_tuned_plan=False)
         self.device = device_name(bench.device)
-        with Runtime(bench.boot, self.config, device=bench.device) as runtime:
-            self.topology = runtime.topology
+        with Runtime(bench.boot, replace(bench.config, use_tuned_plan=False), device=bench.device) as runtime:
+            self.config, self.topology = runtime.config, runtime.topology
 
     def seconds(self, config: RuntimeConfig) -> float:
         self._bench.config = config

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from commlib.cuda import nvrtc
 from commlib.cuda.params import layout_checks
+from commlib.env import cache_folder
 from commlib.errors import ConfigError
 
 __all__ = ["ARCHITECTURE", "UNITS", "Resources", "compile_unit", "default_cache", "resources", "source_root"]
@@ -65,7 +66,7 @@ def source_root() -> Path:
 
 def default_cache() -> Path:
     """Where machine code is kept between runs."""
-    return Path("~/.cache/commlib/cuda").expanduser()
+    return cache_folder() / "cuda"
 
 
 def _options() -> list[str]:

@@ -85,6 +85,10 @@ def test_with_env_overrides_only_what_is_set() -> None:
     changed = config().with_env(env)
     assert changed == config(timeout_s=2.5, heartbeat_timeout_s=1.0, num_threads=3, transport="loopback")
     assert config(num_threads=7).with_env(Env()) == config(num_threads=7)
+    plan = {"chunk_tokens": 5, "chunk_bytes": 4096, "ring_bytes": 2**20, "out_blocks": 2, "in_blocks": 3}
+    assert config().with_env(Env(**plan)) == config(**plan)
+    with pytest.raises(ConfigError, match="ring_bytes=16384 is below 2"):
+        config(chunk_bytes=8193).with_env(Env(ring_bytes=16384))
 
 
 CHANGED: dict[str, Any] = {

@@ -1,6 +1,8 @@
+from pathlib import Path
+
 import pytest
 
-from commlib.env import Env, read_env
+from commlib.env import Env, cache_folder, read_env
 from commlib.errors import ConfigError
 
 
@@ -23,6 +25,11 @@ def test_every_variable() -> None:
             "COMMLIB_TRANSPORT": "loopback",
             "COMMLIB_NUM_THREADS": "6",
             "COMMLIB_BOOTSTRAP": "zmq",
+            "COMMLIB_CHUNK_TOKENS": "16",
+            "COMMLIB_CHUNK_BYTES": "65536",
+            "COMMLIB_RING_BYTES": "4294967296",
+            "COMMLIB_OUT_BLOCKS": "2",
+            "COMMLIB_IN_BLOCKS": "3",
             "COMMLIB_NICS": "mlx5_0,mlx5_bond_1:2",
             "COMMLIB_MAX_NICS": "2",
             "COMMLIB_GID_INDEX": "0",
@@ -49,6 +56,11 @@ def test_every_variable() -> None:
         transport="loopback",
         num_threads=6,
         bootstrap="zmq",
+        chunk_tokens=16,
+        chunk_bytes=65536,
+        ring_bytes=4294967296,
+        out_blocks=2,
+        in_blocks=3,
         nics=("mlx5_0", "mlx5_bond_1:2"),
         max_nics=2,
         gid_index=0,
@@ -86,6 +98,11 @@ def test_every_variable() -> None:
         ("COMMLIB_RENDEZVOUS", "tcp://host:70000"),
         ("COMMLIB_RENDEZVOUS", "tcp://host:0"),
         ("COMMLIB_TRANSPORT", ""),
+        ("COMMLIB_CHUNK_TOKENS", "0"),
+        ("COMMLIB_CHUNK_BYTES", "64K"),
+        ("COMMLIB_RING_BYTES", "999999999999999999"),
+        ("COMMLIB_OUT_BLOCKS", "0"),
+        ("COMMLIB_IN_BLOCKS", "-1"),
         ("COMMLIB_NICS", ""),
         ("COMMLIB_NICS", "mlx5_0,"),
         ("COMMLIB_NICS", "mlx5_0:0"),
@@ -112,6 +129,13 @@ def test_bad_value_names_variable_value_and_rule(name: str, value: str) -> None:
         read_env({name: value})
     message = str(caught.value)
     assert message.startswith(f"{name}={value!r} is not ") and len(message) > len(f"{name}={value!r} is not ")
+
+
+def test_caches_lie_where_the_xdg_specification_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    for environ in ({}, {"XDG_CACHE_HOME": ""}, {"XDG_CACHE_HOME": "cache"}):
+        assert cache_folder(environ) == Path("/home/somebody/.cache/commlib")
+    assert cache_folder({"XDG_CACHE_HOME": "/scratch/cache"}) == Path("/scratch/cache/commlib")
 
 
 def test_blank_token_is_refused() -> None:

@@ -95,7 +95,8 @@ class Runtime:
             if plan is not None:
                 self.config = apply_plan(self.config, plan, env)
                 in_use = {name: value for name, value in plan.items() if getattr(self.config, name) == value}
-                self._plan_text = f"\ntuned plan: {json.dumps(in_use)}"
+                if in_use:
+                    self._plan_text = f"\ntuned plan, from rank 0's file: {json.dumps(in_use)}"
             self._executor: Executor = make_executor(boot, self.config, self.topology, self._id, connect_timeout_s)
             self._bootstrap_text = boot.describe()
         finally:
@@ -385,8 +386,10 @@ def _agree_on_topology(
         nodes = "found out" if given is None else list(given.node_of_rank)
         plans = Plans()
         if boot.rank == 0 and config.use_tuned_plan and env.plans != "off":
-            known = read_plans(default_file() if env.plans is None else Path(env.plans))
-            plans = known.of_shape(shape_key(config, _name_of(device)))
+            path = default_file() if env.plans is None else Path(env.plans)
+            plans = read_plans(path).of_shape(shape_key(config, _name_of(device)))
+            if plans.entries:
+                _logger.info("%s has tuned plans for this shape", path)
         return json.dumps(
             {
                 "must agree": {

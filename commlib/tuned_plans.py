@@ -117,7 +117,7 @@ def read_plans(path: Path) -> Plans:
         return Plans.from_bytes(path.read_bytes())
     except FileNotFoundError:
         return Plans()
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         _logger.warning("%s is ignored: %s: %s", path, type(error).__name__, error)
         return Plans()
 
@@ -132,9 +132,13 @@ def store_plan(path: Path, shape: dict[str, Any], topology: dict[str, Any], plan
     kept = [each for each in read_plans(path).entries if each[:2] != entry[:2]]
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(Plans((*kept, entry)).to_bytes())
-    os.replace(name, path)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(Plans((*kept, entry)).to_bytes())
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
 
 
 def apply_plan(config: RuntimeConfig, plan: Plan, env: Env) -> RuntimeConfig:

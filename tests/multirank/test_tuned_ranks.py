@@ -45,7 +45,7 @@ def plan_rank(port: int, folder: str) -> None:
             store_plan(path, shape, network, plan if rank == 0 else {"ring_bytes": 1 << 20})
         with Runtime(group, config, topology=topology) as runtime:
             assert {name: getattr(runtime.config, name) for name in plan} == plan
-            assert f"tuned plan: {json.dumps(plan)}" in runtime.describe()
+            assert f"tuned plan, from rank 0's file: {json.dumps(plan)}" in runtime.describe()
             check_cases(runtime, ("uniform", "masked"), NODES)
             check_fp8(runtime, ("masked",), NODES, ("grouped",))
     if rank == 0:
@@ -80,7 +80,7 @@ def tune_rank(path: str) -> None:
     assert main(["bench", "--tune", "--shapes", "64x256", "--iterations", "1", "--warmup", "1"]) == 0
     config = RuntimeConfig(hidden=256, num_experts=64, num_topk=8, max_tokens=64)
     with Runtime(MPI.COMM_WORLD, config) as runtime:
-        assert "tuned plan: {" in runtime.describe()
+        assert "tuned plan, from rank 0's file: {" in runtime.describe()
         assert runtime.config.transport == "ucx" and runtime.config.ring_bytes == 1 << 20
 
 

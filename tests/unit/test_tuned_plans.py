@@ -56,6 +56,7 @@ ENTRY: dict[str, Any] = {"shape": {}, "topology": {}, "plan": {"ring_bytes": 1}}
     [
         "",
         "[]",
+        "[" * 100_000,
         '{"version": 1, "plans": []}',
         '{"version": 2}',
         json.dumps({"version": 2, "plans": [{**ENTRY, "plan": {"num_sms": 8}}]}),
@@ -73,6 +74,20 @@ def test_a_file_of_something_else_is_ignored(content: str, tmp_path: Path, caplo
     # The same as a file, but right.
     path.write_text(json.dumps({"version": 2, "plans": [ENTRY]}))
     assert len(read_plans(path).entries) == 1
+
+
+def test_nothing_half_written_stays_if_storing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "plans.json"
+    store_plan(path, shape_key(CONFIG, "cpu"), TWO_NODES, PLAN)
+    before = path.read_bytes()
+
+    def refuse(source: str, target: Path) -> None:
+        raise OSError("no room")
+
+    monkeypatch.setattr("os.replace", refuse)
+    with pytest.raises(OSError, match="no room"):
+        store_plan(path, shape_key(CONFIG, "cpu"), FOUR_NODES, PLAN)
+    assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == before
 
 
 def test_what_the_caller_or_the_environment_has_set_stands(caplog: pytest.LogCaptureFixture) -> None:
@@ -95,14 +110,14 @@ def test_a_runtime_takes_the_plan_of_its_shape(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("COMMLIB_PLANS", str(path))
     with Runtime(None, CONFIG) as runtime:
         assert runtime.config.chunk_tokens == 8
-        assert 'tuned plan: {"chunk_tokens": 8}' in runtime.describe()
+        assert """tuned plan, from rank 0's file: {"chunk_tokens": 8}""" in runtime.describe()
     for config in (dataclasses.replace(CONFIG, use_tuned_plan=False), dataclasses.replace(CONFIG, num_topk=3)):
         with Runtime(None, config) as runtime:
             assert runtime.config == config and "tuned" not in runtime.describe()
     with monkeypatch.context() as environment:
         environment.setenv("COMMLIB_CHUNK_TOKENS", str(CONFIG.chunk_tokens))
         with Runtime(None, CONFIG) as runtime:
-            assert runtime.config == CONFIG and "tuned plan: {}" in runtime.describe()
+            assert runtime.config == CONFIG and "tuned plan" not in runtime.describe()
     monkeypatch.setenv("COMMLIB_PLANS", "off")
     with Runtime(None, CONFIG) as runtime:
         assert runtime.config == CONFIG

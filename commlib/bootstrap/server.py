@@ -140,6 +140,7 @@ class RendezvousServer:
         self._members: dict[bytes, tuple[int, int]] = {}  # ZeroMQ identity -> instance, rank
         self._challenges: dict[bytes, _Challenge] = {}
         self._num_refusals = 0
+        self._handling = threading.Lock()  # held while a message is answered
         self._context = zmq.Context()
         self._socket = self._bind()
         self._thread = threading.Thread(target=self._serve, name="commlib-rendezvous", daemon=True)
@@ -156,6 +157,8 @@ class RendezvousServer:
 
     def stop(self) -> None:
         """Ends the thread, within the linger time. Whoever took the server out of `_servers` calls it, without lock."""
+        with self._handling:  # rank 0 has its answer, the others' may not have been sent yet
+            pass
         self._context.term()  # wakes the thread, returns when it has closed its socket
         self._thread.join(_LINGER_MS / 1e3)
 
@@ -185,9 +188,11 @@ class RendezvousServer:
     def _serve(self) -> None:
         try:
             while not self._retire():
-                if self._socket.poll(self._poll_ms()):
-                    self._receive()
-                self._expire()
+                is_there = self._socket.poll(self._poll_ms())
+                with self._handling:
+                    if is_there:
+                        self._receive()
+                    self._expire()
         except zmq.ContextTerminated:
             logger.debug("%s: stopped", self.endpoint)
         finally:

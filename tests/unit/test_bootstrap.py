@@ -224,3 +224,25 @@ def test_impossible_rank_is_refused_before_anything_is_opened(job: Job, rank: in
 def test_empty_token_is_refused_with_a_recipe(job: Job) -> None:
     with pytest.raises(ConfigError, match=r"COMMLIB_JOB_TOKEN .*token_hex"):
         job.enter(0, 1, token="")
+
+
+def test_rank_0_may_leave_as_soon_as_it_has_its_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process ends while the server is still answering the others."""
+    send = server.RendezvousServer._send
+
+    def slowly(self: server.RendezvousServer, identity: bytes, *frames: bytes) -> None:
+        send(self, identity, *frames)
+        time.sleep(0.1)
+
+    with new_job() as job:
+        ranks = job.open(4)
+        monkeypatch.setattr(server.RendezvousServer, "_send", slowly)
+
+        def gather(rank: RendezvousBootstrap) -> list[bytes]:
+            result = rank.allgather(bytes([rank.rank]), timeout_s=5.0)
+            if rank.rank == 0:
+                server._stop_all()  # as at the end of the process
+            return result
+
+        assert job.on_all(ranks, gather) == [[b"\0", b"\1", b"\2", b"\3"]] * 4
+        close_all(ranks)

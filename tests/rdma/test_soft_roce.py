@@ -80,8 +80,9 @@ def test_dispatch_and_combine_are_exact_and_went_over_the_ports(report: dict[str
     part = part_of(report, name)
     values = assert_ranks_passed(part)
     for value in values:
-        assert re.search(r"scale-out: (\d threads: )?verbs .*rxe[01]:1 gid \d+ RoCE v2", value["describe"]), value["describe"]
-        assert re.search(r"rank \d: rc/rxe[01]:1", value["describe"]), value["describe"]
+        text = value["describe"]
+        assert re.search(r"scale-out: (\d threads: )?verbs .*rxe[01]:1 gid \d+ RoCE v2", text), text
+        assert re.search(r"rank \d: rc/rxe[01]:1", text), text
         assert value["payload"] == value["bound"] > 0
     # Every payload byte is in some packet of at most MTU bytes, and each is received by one of the ports.
     packets = sum(value["payload"] for value in values) // MTU

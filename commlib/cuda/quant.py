@@ -1,7 +1,8 @@
 """The casts of `commlib.quant` as kernels, for CUDA tensors: same names, same arguments, same results.
 
-Bit for bit where the arithmetic is the same: casts, kept inputs; only a zero loses its sign. The exponential is CUDA's, and sums over a row have an
-order of their own. Each call is one kernel on the current stream; nobody waits, nothing is allocated but the results.
+Bit for bit where the arithmetic is the same: casts, kept inputs; only a zero loses its sign. The exponential is CUDA's,
+and sums over a row have an order of their own. Each call is one kernel on the current stream; nobody waits, nothing is
+allocated but the results.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import numpy as np
 
 from commlib.errors import ConfigError
 
-__all__ = ["Framework", "Rows", "framework_of", "optional_array", "require_rows"]
+__all__ = ["Framework", "Rows", "framework_of", "optional_array", "require_memory", "require_rows"]
 
 # Names are those of torch and ml_dtypes; codes those of `Dtype` in native/common/types.hpp.
 DTYPE_CODES = {"float32": 0, "bfloat16": 1, "float8_e4m3fn": 2}
@@ -71,6 +71,12 @@ def _numpy_dtype(dtype: str) -> Any:
     return np.dtype(dtype)
 
 
+def require_memory(tensor: Any, name: str) -> None:
+    """Raises ConfigError for a torch tensor that is made of others (`quant.Fp8Rows`, a DTensor)."""
+    if hasattr(type(tensor), "__tensor_flatten__"):
+        raise ConfigError(f"{name} is a {type(tensor).__name__}, which has no memory of its own: give its parts")
+
+
 def framework_of(array: Any, name: str) -> Framework:
     """The framework of `array`.
 
@@ -79,8 +85,7 @@ def framework_of(array: Any, name: str) -> Framework:
     """
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(array, torch.Tensor):
-        if hasattr(type(array), "__tensor_flatten__"):
-            raise ConfigError(f"{name} is a {type(array).__name__}, which has no memory of its own: give its parts")
+        require_memory(array, name)
         return Framework("torch")
     if isinstance(array, np.ndarray):
         return Framework("numpy")

@@ -8,12 +8,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from commlib.cache import write_whole
 from commlib.config import RuntimeConfig
 from commlib.env import Env, cache_folder
 from commlib.errors import ConfigError
@@ -130,15 +129,7 @@ def store_plan(path: Path, shape: dict[str, Any], topology: dict[str, Any], plan
     """
     entry = Entry(shape, topology, plan)
     kept = [each for each in read_plans(path).entries if each[:2] != entry[:2]]
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(Plans((*kept, entry)).to_bytes())
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+    write_whole(path, Plans((*kept, entry)).to_bytes())
 
 
 def apply_plan(config: RuntimeConfig, plan: Plan, env: Env) -> RuntimeConfig:

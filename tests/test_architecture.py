@@ -17,7 +17,7 @@ NATIVE = ROOT / "native"
 
 MAX_LINES = 450
 
-L0 = {"errors", "env", "config"}
+L0 = {"errors", "env", "config", "cache"}
 L1 = {"topology", "routing", "layout", "quant", "payload", "traffic", "launch_plan", "tuned_plans"}
 L2 = {"bootstrap", "memory", "transport", "fabric"}
 NATIVE_MODULE = {"_native"}

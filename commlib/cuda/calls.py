@@ -12,6 +12,7 @@ from commlib.cuda.params import CallWords, HostResult
 from commlib.errors import CapacityError, CommError, CommTimeout, ConfigError, PeerLostError
 from commlib.handle import Handle
 from commlib.layout import format_bytes, num_scales
+from commlib.payload import require_memory
 
 __all__ = [
     "CASTS",
@@ -71,8 +72,7 @@ def check_tensor(
     """
     if not isinstance(tensor, torch.Tensor):
         raise ConfigError(f"{name} is a {type(tensor).__name__}, not a torch tensor")
-    if hasattr(type(tensor), "__tensor_flatten__"):
-        raise ConfigError(f"{name} is a {type(tensor).__name__}, which has no memory of its own: give its parts")
+    require_memory(tensor, name)
     if tensor.device != device:
         raise ConfigError(f"{name} is on {tensor.device}, the Runtime on {device}")
     if tensor.dtype not in dtypes:

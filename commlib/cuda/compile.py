@@ -7,13 +7,12 @@ machine code that a GPU would load.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-import tempfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from commlib.cache import write_whole
 from commlib.cuda import nvrtc
 from commlib.cuda.params import layout_checks
 from commlib.env import cache_folder
@@ -118,18 +117,9 @@ def compile_unit(unit: str, cache: Path | None = None) -> tuple[bytes, str]:
         return cubin_file.read_bytes(), log_file.read_text()
     cubin, log = nvrtc.compile_cubin(source, f"{unit}.cu", _options())
     if cubin_file is not None and log_file is not None:
-        _write_whole(log_file, log.encode())
-        _write_whole(cubin_file, cubin)
+        write_whole(log_file, log.encode())
+        write_whole(cubin_file, cubin)
     return cubin, log
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Other processes see the old file or the new one, never a part."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-    os.replace(name, path)
 
 
 def resources(log: str) -> list[Resources]:

@@ -17,13 +17,11 @@ from commlib.errors import ConfigError
 from commlib.experts.casts import casts_for
 from commlib.experts.grouped_gemm import grouped_mm, grouped_mm_transposed, grouped_weight_grad, quantize_experts
 from commlib.layout import SCALE_BLOCK
+from commlib.overlap.anchor import ANCHOR
 from commlib.overlap.weight_grads import WeightGradStore, store_for
 from commlib.quant import Fp8Rows
 
 __all__ = ["SwiGLUWeights", "fp8_swiglu"]
-
-# Makes the output differentiable whatever the rows are. Never gets a gradient.
-_ANCHOR = torch.zeros((), requires_grad=True)
 
 
 class SwiGLUWeights(NamedTuple):
@@ -57,10 +55,8 @@ def fp8_swiglu(x: Tensor, row_weights: Tensor, weights: SwiGLUWeights, ends: Ten
     if len(x) % SCALE_BLOCK:
         raise ConfigError(f"num_rows={len(x)} is no multiple of {SCALE_BLOCK}")
     store = store_for(*weights)
-    if store is None:
-        y: Tensor = _Experts.apply(_ANCHOR, x, row_weights, *weights, None, ends, None)  # type: ignore[no-untyped-call]
-        return y
-    y = _Experts.apply(_ANCHOR, x, row_weights, None, None, None, weights, ends, store)  # type: ignore[no-untyped-call]
+    given = (*weights, None) if store is None else (None, None, None, weights)
+    y: Tensor = _Experts.apply(ANCHOR, x, row_weights, *given, ends, store)  # type: ignore[no-untyped-call]
     return y
 
 

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-__all__ = ["Segment"]
+from commlib.overlap.anchor import ANCHOR
 
-# Makes a segment's inputs differentiable whatever they are. Never gets a gradient.
-_ANCHOR = torch.zeros((), requires_grad=True)
+__all__ = ["Segment"]
 
 
 class Segment:
@@ -39,7 +38,7 @@ class Segment:
             if each.is_floating_point() and (is_needed is None or is_needed[place])
         ]
         if wanted and torch.is_grad_enabled():
-            cut = _Source.apply(_ANCHOR, (self._input_grads, wanted), *(sources[place] for place in wanted))  # type: ignore[no-untyped-call]
+            cut = _Source.apply(ANCHOR, (self._input_grads, wanted), *(sources[place] for place in wanted))  # type: ignore[no-untyped-call]
             for place, source in zip(wanted, cut, strict=True):
                 sources[place] = source
         outputs = call(*sources)

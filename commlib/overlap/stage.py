@@ -9,15 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from commlib.errors import ConfigError
+from commlib.overlap.anchor import ANCHOR
 from commlib.overlap.flow import Flow, Grads, run
 from commlib.overlap.layer import Layer, run_layer
 from commlib.overlap.schedule import backward, forward
 from commlib.overlap.weight_grads import WeightWork
 
 __all__ = ["Stage", "flow_behind"]
-
-# Makes a stage's outputs differentiable whatever its inputs are. Never gets a gradient.
-_ANCHOR = torch.zeros((), requires_grad=True)
 
 
 class Stage(nn.Module):
@@ -54,7 +52,7 @@ class Stage(nn.Module):
         if flow is None:
             flow = Flow(self.layers, state)
             run(forward(flow.num_layers), {0: flow})
-        outputs: tuple[Tensor, ...] = _StageNode.apply(_ANCHOR, (self, flow), *state)  # type: ignore[no-untyped-call]
+        outputs: tuple[Tensor, ...] = _StageNode.apply(ANCHOR, (self, flow), *state)  # type: ignore[no-untyped-call]
         return outputs if len(outputs) > 1 else outputs[0]
 
     def expect(self, flow: Flow) -> None:

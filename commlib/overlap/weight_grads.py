@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from commlib.overlap.anchor import ANCHOR
+
 __all__ = ["WeightGradStore", "WeightWork", "grouped_linear", "linear"]
 
 # Gradients of weights that are still to be computed, in the order in which they have to be added.
@@ -59,8 +61,6 @@ def _add(weight: Tensor, computations: list[Callable[[], Tensor]]) -> None:
 
 
 _current: ContextVar[WeightGradStore | None] = ContextVar("commlib weight gradients", default=None)
-# Makes a layer's output differentiable whatever its input is. Never gets a gradient.
-_ANCHOR = torch.zeros((), requires_grad=True)
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     if store is None:
         out = _Linear.apply(x, weight)  # type: ignore[no-untyped-call]
     else:
-        out = _LinearLater.apply(_ANCHOR, x, (weight,), store)  # type: ignore[no-untyped-call]
+        out = _LinearLater.apply(ANCHOR, x, (weight,), store)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -102,7 +102,7 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     if store is None:
         out = _GroupedLinear.apply(x, weight, ends)  # type: ignore[no-untyped-call]
     else:
-        out = _GroupedLinearLater.apply(_ANCHOR, x, (weight,), ends, store)  # type: ignore[no-untyped-call]
+        out = _GroupedLinearLater.apply(ANCHOR, x, (weight,), ends, store)  # type: ignore[no-untyped-call]
     return out
 
 

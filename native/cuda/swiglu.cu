@@ -36,6 +36,15 @@ __device__ inline float swiglu(float gate, float up) {
   return __fdiv_rn(gate, 1.0f + expf(-gate)) * up;
 }
 
+__device__ inline void store_inner(const Fp8Out& inner, uint64_t at, uint64_t tile,
+                                   const float (&gate)[8], const float (&up)[8], float weight,
+                                   bool is_here) {
+  float values[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) values[i] = swiglu(gate[i], up[i]) * weight;
+  store_tile(inner, at, tile, values, kCastPow2, is_here);
+}
+
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(512, 2) swiglu_cast(SwigluCall call) {
@@ -50,10 +59,7 @@ extern "C" __global__ void __launch_bounds__(512, 2) swiglu_cast(SwigluCall call
         unpack8(ups + at * element, call.dtype, up);
         store_tile(call.kept_gate, at, tile, gate, kCastPow2, is_here);
         store_tile(call.kept_up, at, tile, up, kCastPow2, is_here);
-        const float weight = call.row_weights[row];
-#pragma unroll
-        for (int i = 0; i < 8; ++i) gate[i] = swiglu(gate[i], up[i]) * weight;
-        store_tile(call.inner, at, tile, gate, kCastPow2, is_here);
+        store_inner(call.inner, at, tile, gate, up, call.row_weights[row], is_here);
       },
       [](uint32_t) {});
 }
@@ -65,10 +71,7 @@ extern "C" __global__ void __launch_bounds__(512, 2) swiglu_again(SwigluAgainCal
         float gate[8], up[8];
         unpack_e4m3x8(call.gate.q + at, call.gate.scales[tile], gate);
         unpack_e4m3x8(call.up.q + at, call.up.scales[tile], up);
-        const float weight = call.row_weights[row];
-#pragma unroll
-        for (int i = 0; i < 8; ++i) gate[i] = swiglu(gate[i], up[i]) * weight;
-        store_tile(call.inner, at, tile, gate, kCastPow2, is_here);
+        store_inner(call.inner, at, tile, gate, up, call.row_weights[row], is_here);
       },
       [](uint32_t) {});
 }

@@ -78,7 +78,7 @@ class RuntimeConfig:
     decode_tokens: int | None = None
     chunk_tokens: int = 32
     chunk_bytes: int = 64 * 1024
-    ring_bytes: int = 512 * 1024
+    ring_bytes: int = 1024 * 1024
     arena_bytes: int | None = None
     max_arena_bytes: int = 64 * 1024**3
     max_in_flight: int = 8

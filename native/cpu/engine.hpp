@@ -21,7 +21,7 @@ struct EngineConfig {
   int num_proxy_threads = 1;
   int chunk_tokens = 32;
   size_t chunk_bytes = 64 << 10;
-  size_t ring_bytes = 512 << 10;
+  size_t ring_bytes = 1 << 20;
   size_t arena_bytes = 64 << 20;
   size_t max_arena_bytes = size_t(64) << 30;
   int max_in_flight = 8;

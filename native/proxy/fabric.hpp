@@ -20,7 +20,7 @@ struct FabricConfig {
   int num_proxy_threads = 1;
   std::vector<int> proxy_cpus;  // on which these may run; empty: anywhere
   size_t exchange_row_bytes = 0;
-  size_t ring_bytes = 512 << 10;
+  size_t ring_bytes = 1 << 20;
   size_t largest_put = 64 << 10;  // a chunk, or a row if that is larger
   size_t arena_bytes = 4096;
   size_t max_arena_bytes = 4096;

@@ -17,7 +17,7 @@ def config(**changes: Any) -> RuntimeConfig:
 def test_defaults() -> None:
     made = config()
     assert (made.max_tokens, made.expert_alignment, made.num_threads) == (4096, 128, 1)
-    assert (made.chunk_tokens, made.chunk_bytes, made.ring_bytes) == (32, 65536, 524288)
+    assert (made.chunk_tokens, made.chunk_bytes, made.ring_bytes) == (32, 65536, 1048576)
     assert (made.arena_bytes, made.max_arena_bytes, made.max_in_flight) == (None, 64 * 2**30, 8)
     assert (made.timeout_s, made.heartbeat_timeout_s, made.transport) == (300.0, 10.0, "ucx")
 
@@ -56,7 +56,7 @@ def test_times_must_be_positive(name: str, value: Any) -> None:
         ({"num_topk": 9, "num_experts": 8}, r"num_topk=9 is above min\(num_experts=8, 64\)=8"),
         ({"num_topk": 65}, r"num_topk=65 is above min\(num_experts=256, 64\)=64"),
         ({"ring_bytes": 131071}, "ring_bytes=131071 is below 2 \\* chunk_bytes=131072"),
-        ({"hidden": 600_000}, "ring_bytes=524288 is below 4802048"),
+        ({"hidden": 600_000}, "ring_bytes=1048576 is below 4802048"),
         ({"arena_bytes": 2, "max_arena_bytes": 1}, "arena_bytes=2 is above max_arena_bytes=1"),
         ({"max_tokens": 2**31}, "max_tokens=2147483648 does not fit 32 bits"),
         ({"num_threads": 2**31}, "num_threads=2147483648 does not fit 32 bits"),

@@ -7,7 +7,15 @@ from functools import cache
 
 from commlib.errors import TransportError
 
-__all__ = ["Event", "Kernel", "KernelArguments", "load_kernels", "map_host_memory", "unmap_host_memory"]
+__all__ = [
+    "Event",
+    "Kernel",
+    "KernelArguments",
+    "bind_context",
+    "load_kernels",
+    "map_host_memory",
+    "unmap_host_memory",
+]
 
 _DISABLE_TIMING = 2  # CU_EVENT_DISABLE_TIMING
 _MAX_DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -31,6 +39,23 @@ def _check(call: str, code: int) -> None:
     text = ctypes.c_char_p()
     _library().cuGetErrorString(code, ctypes.byref(text))
     raise TransportError(f"{call} failed: {(text.value or b'unknown error').decode()}", call=call, code=code)
+
+
+@cache
+def _primary_context(device_index: int) -> ctypes.c_void_p:
+    """What torch uses as well; kept until the process ends."""
+    context = ctypes.c_void_p()
+    _check("cuDevicePrimaryCtxRetain", _library().cuDevicePrimaryCtxRetain(ctypes.byref(context), device_index))
+    return context
+
+
+def bind_context(device_index: int) -> None:
+    """Before calls of the driver: a thread that has not used CUDA yet, autograd's for one, has no context for them,
+    whatever its current device is called."""
+    context = ctypes.c_void_p()
+    _check("cuCtxGetCurrent", _library().cuCtxGetCurrent(ctypes.byref(context)))
+    if not context:
+        _check("cuCtxSetCurrent", _library().cuCtxSetCurrent(_primary_context(device_index)))
 
 
 class Kernel:

@@ -15,6 +15,7 @@ import torch
 
 from commlib.cuda.combining import CombineOps
 from commlib.cuda.dispatching import DispatchOps
+from commlib.cuda.driver import bind_context
 from commlib.cuda.latency import LatencyHandle, LatencyOps, PendingLatency
 from commlib.cuda.operations import PendingOp
 from commlib.cuda.queue import OpQueue
@@ -35,8 +36,10 @@ def _on_device(method: Callable[..., _T]) -> Callable[..., _T]:
     @functools.wraps(method)
     def call(self: CudaEngine, argument: Any) -> _T:
         if torch._C._cuda_getDevice() == self.device.index:
+            bind_context(self.device.index)
             return method(self, argument)
         with torch.cuda.device(self.device):
+            bind_context(self.device.index)
             return method(self, argument)
 
     return call

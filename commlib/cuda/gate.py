@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from commlib.cuda.compile import compile_unit, default_cache
-from commlib.cuda.driver import Kernel, KernelArguments, load_kernels
+from commlib.cuda.driver import Kernel, KernelArguments, bind_context, load_kernels
 from commlib.cuda.params import GateCall
 from commlib.errors import ConfigError
 from commlib.routing import GateConfig, GateOutput
@@ -116,8 +116,10 @@ def _launch(logits: Any, config: GateConfig, bias: Any, num_sms: int | None) -> 
     threads = _THREADS[name]
     most = num_sms or torch.cuda.get_device_properties(device).multi_processor_count
     blocks = min(most, -(-num_tokens // (threads // 32)))
-    stream = torch.cuda.current_stream(device).cuda_stream
-    load_gate(device.index)[name].launch(stream, blocks, threads, 0, KernelArguments(call))
+    with torch.cuda.device(device):
+        bind_context(device.index)
+        stream = torch.cuda.current_stream().cuda_stream
+        load_gate(device.index)[name].launch(stream, blocks, threads, 0, KernelArguments(call))
     return idx, weights, scores
 
 

@@ -22,11 +22,12 @@ def make(rows: int, columns: int, dtype: torch.dtype, seed: int, *, is_odd: bool
 
 
 def same(ours: Tensor, theirs: Tensor, what: str) -> None:
-    """Bits, but any NaN is as good as another."""
+    """Bits, a zero's sign among them; but any NaN is as good as another."""
     ours, theirs = ours.cpu(), theirs.cpu()
     assert ours.dtype == theirs.dtype and ours.shape == theirs.shape, what
     a, b = ours.float(), theirs.float()
-    assert bool(((a == b) | (a.isnan() & b.isnan())).all()), what
+    are_same = (a == b) & (a.signbit() == b.signbit())
+    assert bool((are_same | (a.isnan() & b.isnan())).all()), what
 
 
 def same_rows(ours: Fp8Rows, theirs: Fp8Rows, what: str) -> None:

@@ -1,8 +1,7 @@
 """The casts of `commlib.quant` as kernels, for CUDA tensors: same names, same arguments, same results.
 
-Bit for bit where the arithmetic is the same: casts, kept inputs; only a zero loses its sign. The exponential is CUDA's,
-and sums over a row have an order of their own. Each call is one kernel on the current stream; nobody waits, nothing is
-allocated but the results.
+Bit for bit where the arithmetic is the same: casts, kept inputs. The exponential is CUDA's, and sums over a row have an
+order of their own. Each call is one kernel on the current stream; nobody waits, nothing is allocated but the results.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from commlib.cuda.compile import compile_unit, default_cache
-from commlib.cuda.driver import Kernel, KernelArguments, load_kernels
+from commlib.cuda.driver import Kernel, KernelArguments, bind_context, load_kernels
 from commlib.cuda.quant_params import (
     CastRowsCall,
     CastWeightCall,
@@ -116,36 +115,40 @@ def swiglu_backward(
 
 
 def quantize_weight(w: Tensor, *, pow2: bool = False, num_sms: int | None = None) -> tuple[Tensor, Tensor]:
-    """`commlib.quant.quantize_weight` for [E, N, K] or [N, K], K a multiple of 8."""
+    """`commlib.quant.quantize_weight` for [E, N, K] or [N, K], K a multiple of 8. `w.mT` costs no pass of its own if N
+    and K are multiples of 128; the results are contiguous in any case."""
     if w.ndim not in (2, 3) or w.dtype not in _DTYPES or w.shape[-1] % 8:
         raise ConfigError(f"w is {w.dtype} {list(w.shape)}, the rule: bfloat16 or float32 [.., rows, columns / 8]")
-    w = _aligned(w.detach())
+    w = w.detach()
     *experts, rows, columns = w.shape
     tiles = (-(-rows // SCALE_BLOCK), -(-columns // SCALE_BLOCK))
     q = torch.empty(w.shape, dtype=torch.float8_e4m3fn, device=w.device)
     scales = torch.empty((*experts, *tiles), dtype=torch.float32, device=w.device)
+    is_turned = not (w.is_contiguous() or rows % SCALE_BLOCK or columns % SCALE_BLOCK) and w.mT.is_contiguous()
+    w = _aligned(w.mT if is_turned else w)
     call = CastWeightCall(
         w=w.data_ptr(),
         out=Fp8Pointers(q.data_ptr(), scales.data_ptr()),
         num_experts=experts[0] if experts else 1,
-        rows=rows,
-        columns=columns,
+        rows=w.shape[-2],
+        columns=w.shape[-1],
         dtype=_DTYPES[w.dtype],
         cast=_CAST_POW2 if pow2 else _CAST_FP32,
+        is_turned=is_turned,
     )
     _launch("cast_weight", call, w.device, scales.numel(), _TILE_THREADS, num_sms)
     return q, scales
 
 
 def retile_columns(
-    q: Tensor, scales: Tensor, *, pow2: bool = True, num_sms: int | None = None
+    q: Tensor, scales: Tensor, *, pow2: bool = True, turned: bool = False, num_sms: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """`commlib.quant.retile_columns`."""
     rows = Fp8Rows(q, scales, torch.float32)  # checks the shapes
     num_tokens, hidden = q.shape
     if num_tokens % SCALE_BLOCK:
         raise ConfigError(f"num_tokens={num_tokens} is no multiple of {SCALE_BLOCK}")
-    out = torch.empty_like(q)
+    out = q.new_empty((hidden, num_tokens) if turned else (num_tokens, hidden))
     out_scales = torch.empty(num_tokens // SCALE_BLOCK, hidden, dtype=torch.float32, device=q.device)
     call = RetileCall(
         x=_pointers(rows),
@@ -153,6 +156,7 @@ def retile_columns(
         num_rows=num_tokens,
         hidden=hidden,
         cast=_CAST_POW2 if pow2 else _CAST_FP32,
+        is_turned=turned,
     )
     tiles = num_tokens // SCALE_BLOCK * (hidden // SCALE_BLOCK)
     _launch("retile_columns", call, q.device, tiles, _TILE_THREADS, num_sms)
@@ -180,8 +184,10 @@ def _launch(name: str, call: Any, device: torch.device, blocks: int, threads: in
     # Two blocks of a multiprocessor hide each other's loads.
     most = 2 * (num_sms or torch.cuda.get_device_properties(device).multi_processor_count)
     index = torch.cuda.current_device() if device.index is None else device.index
-    stream = torch.cuda.current_stream(device).cuda_stream
-    _load(index)[name].launch(stream, min(most, blocks), threads, 0, KernelArguments(call))
+    with torch.cuda.device(index):
+        bind_context(index)
+        stream = torch.cuda.current_stream().cuda_stream
+        _load(index)[name].launch(stream, min(most, blocks), threads, 0, KernelArguments(call))
 
 
 def _pointers(rows: Fp8Rows) -> Fp8Pointers:

@@ -37,12 +37,12 @@ class CastWeightCall(ctypes.Structure):
     _fields_ = [
         ("w", _POINTER),
         ("out", Fp8Pointers),
-        *_words("num_experts", "rows", "columns", "dtype", "cast", "reserved"),
+        *_words("num_experts", "rows", "columns", "dtype", "cast", "is_turned"),
     ]
 
 
 class RetileCall(ctypes.Structure):
-    _fields_ = [("x", Fp8Pointers), ("out", Fp8Pointers), *_words("num_rows", "hidden", "cast", "reserved")]
+    _fields_ = [("x", Fp8Pointers), ("out", Fp8Pointers), *_words("num_rows", "hidden", "cast", "is_turned")]
 
 
 class SwigluCall(ctypes.Structure):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from commlib.errors import ConfigError
 from commlib.experts.casts import casts_for
-from commlib.experts.grouped_gemm import grouped_mm, grouped_mm_transposed, grouped_weight_grad, quantize_experts
+from commlib.experts.grouped_gemm import grouped_mm, grouped_weight_grad, quantize_experts
 from commlib.layout import SCALE_BLOCK
 from commlib.overlap.anchor import ANCHOR
 from commlib.overlap.weight_grads import WeightGradStore, store_for
@@ -96,10 +96,10 @@ class _Experts(torch.autograd.Function):
         rows, grad_y = Fp8Rows(x, x_scales, dtype), _as_rows(grad)
         gate_kept, up_kept = Fp8Rows(gate_q, gate_s, dtype), Fp8Rows(up_q, up_s, dtype)
 
-        grad_inner = grouped_mm_transposed(grad_y, quantize_experts(weights.down), ends)
+        grad_inner = grouped_mm(grad_y, quantize_experts(weights.down.mT), ends)
         grad_gate, grad_up, grad_row_weights = casts_for(x).swiglu_backward(grad_inner, gate_kept, up_kept, row_weights)
-        grad_x = grouped_mm_transposed(grad_gate, quantize_experts(weights.gate), ends)
-        grad_x += grouped_mm_transposed(grad_up, quantize_experts(weights.up), ends)
+        grad_x = grouped_mm(grad_gate, quantize_experts(weights.gate.mT), ends)
+        grad_x += grouped_mm(grad_up, quantize_experts(weights.up.mT), ends)
 
         work = (
             partial(grouped_weight_grad, grad_gate, rows, ends, weights.gate.dtype),

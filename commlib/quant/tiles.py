@@ -64,7 +64,7 @@ def dequantize_weight(q: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     return (q.float() * spread).to(dtype)
 
 
-def retile_columns(q: Tensor, scales: Tensor, *, pow2: bool = True) -> tuple[Tensor, Tensor]:
+def retile_columns(q: Tensor, scales: Tensor, *, pow2: bool = True, turned: bool = False) -> tuple[Tensor, Tensor]:
     """FP8 rows with 1x128 scales as FP8 with one scale per 128 tokens and 1 column, for GEMMs that sum over tokens.
 
     Error against `q * s`: at most `2^-4 |q s| (1 + 2^-20) + 2^-10 s'`. If both kinds of scales are powers of two, only
@@ -74,9 +74,10 @@ def retile_columns(q: Tensor, scales: Tensor, *, pow2: bool = True) -> tuple[Ten
         q: float8_e4m3fn [T, H], T a multiple of 128 (grouped rows are padded with zeros).
         scales: FP32 [T, H / 128].
         pow2: whether the new scales are powers of two.
+        turned: whether the rows of the result are the columns of `q`, as FP8 GEMMs want what they sum over.
 
     Returns:
-        (float8_e4m3fn [T, H], FP32 scales [T / 128, H]).
+        (float8_e4m3fn [T, H], or [H, T] if `turned`; FP32 scales [T / 128, H]).
 
     Raises:
         ConfigError: the shapes do not fit.
@@ -86,7 +87,8 @@ def retile_columns(q: Tensor, scales: Tensor, *, pow2: bool = True) -> tuple[Ten
         raise ConfigError(f"num_tokens={num_tokens} is no multiple of {SCALE_BLOCK}")
     x = dequantize(q, scales, torch.float32).reshape(-1, SCALE_BLOCK, hidden)
     new_scales = scales_of(largest_magnitude(x, (1,)), E4M3_MAX, pow2=pow2)
-    return (x / new_scales.unsqueeze(1)).reshape(num_tokens, hidden).to(torch.float8_e4m3fn), new_scales
+    columns = (x / new_scales.unsqueeze(1)).reshape(num_tokens, hidden).to(torch.float8_e4m3fn)
+    return columns.t().contiguous() if turned else columns, new_scales
 
 
 def dequantize_columns(q: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:

@@ -37,11 +37,12 @@ __device__ inline float next_power_of_two(float scale) {
 // makes the guess faithful; from a faithful guess and the correctly rounded reciprocal the second
 // gives the rounded quotient (Markstein, "Computation of elementary functions on the IBM RISC
 // System/6000 processor", 1990). Quotients that are so small that a remainder underflows are far
-// below the smallest E4M3 number.
+// below the smallest E4M3 number. A remainder is -(guess scale - x), not x - guess scale: of a zero
+// that is a zero of the same sign, so that the sum keeps it.
 __device__ inline float divide(float x, float scale, float inverse) {
   const float guess = __fmul_rn(x, inverse);
-  const float faithful = __fmaf_rn(__fmaf_rn(-guess, scale, x), inverse, guess);
-  return __fmaf_rn(__fmaf_rn(-faithful, scale, x), inverse, faithful);
+  const float faithful = __fmaf_rn(-__fmaf_rn(guess, scale, -x), inverse, guess);
+  return __fmaf_rn(-__fmaf_rn(faithful, scale, -x), inverse, faithful);
 }
 
 __device__ inline float scale_of(uint32_t top, uint32_t cast) {

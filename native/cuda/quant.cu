@@ -1,6 +1,6 @@
 // Casts of commlib/quant by themselves: rows (1x128), weights (128x128), rows to columns (128x1).
-// Every byte is read once and written once.
-#include "cuda/quant_tile.cuh"
+// Every byte is read once and written once, the last two also with rows and columns exchanged.
+#include "cuda/turned_tile.cuh"
 
 namespace commlib::cuda {
 
@@ -12,14 +12,16 @@ struct CastRowsCall {
 
 struct CastWeightCall {
   const void* w;  // [experts, rows, columns]
-  Fp8Out out;     // scales [experts, row tiles, column tiles]
-  uint32_t num_experts, rows, columns, dtype, cast, reserved;
+  // The same with scales [experts, row tiles, column tiles]; if `is_turned` the last two of both
+  // are exchanged, and multiples of 128.
+  Fp8Out out;
+  uint32_t num_experts, rows, columns, dtype, cast, is_turned;
 };
 
 struct RetileCall {
   Fp8In x;     // [rows, hidden]
-  Fp8Out out;  // scales [rows / 128, hidden]
-  uint32_t num_rows, hidden, cast, reserved;
+  Fp8Out out;  // [rows, hidden], [hidden, rows] if `is_turned`; scales [rows / 128, hidden]
+  uint32_t num_rows, hidden, cast, is_turned;
 };
 
 namespace {
@@ -57,17 +59,19 @@ extern "C" __global__ void __launch_bounds__(512, 2) cast_rows(CastRowsCall call
 
 // A block per tile. The last tiles may be smaller; columns are a multiple of 8.
 extern "C" __global__ void __launch_bounds__(kTileThreads) cast_weight(CastWeightCall call) {
+  __shared__ TurnedTile turned;
   const uint32_t element = call.dtype == uint32_t(Dtype::kBf16) ? 2 : 4;
   const uint32_t row_tiles = (call.rows + kTile - 1) / kTile;
   const uint32_t column_tiles = (call.columns + kTile - 1) / kTile;
   const uint8_t* w = static_cast<const uint8_t*>(call.w);
   const uint64_t tiles = uint64_t(call.num_experts) * row_tiles * column_tiles;
   for (uint64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    const uint32_t column =
-        uint32_t(tile % column_tiles) * kTile + threadIdx.x % kLanesPerTile * kColumns;
-    const uint32_t first_row =
-        uint32_t(tile / column_tiles % row_tiles) * kTile + threadIdx.x / kLanesPerTile;
-    const uint64_t expert_rows = tile / column_tiles / row_tiles * call.rows;
+    const uint32_t column_tile = uint32_t(tile % column_tiles);
+    const uint32_t row_tile = uint32_t(tile / column_tiles % row_tiles);
+    const uint64_t expert = tile / column_tiles / row_tiles;
+    const uint32_t column = column_tile * kTile + threadIdx.x % kLanesPerTile * kColumns;
+    const uint32_t first_row = row_tile * kTile + threadIdx.x / kLanesPerTile;
+    const uint64_t expert_rows = expert * call.rows;
     float values[kTurns][8] = {};
     uint32_t top = 0;
 #pragma unroll
@@ -82,20 +86,33 @@ extern "C" __global__ void __launch_bounds__(kTileThreads) cast_weight(CastWeigh
 #pragma unroll
     for (uint32_t turn = 0; turn < kTurns; ++turn) {
       const uint32_t row = first_row + turn * kRowsAtOnce;
-      if (row < call.rows && column < call.columns)
-        *reinterpret_cast<uint2*>(call.out.q + (expert_rows + row) * call.columns + column) =
-            to_e4m3x8(values[turn], scale);
+      const uint2 q = to_e4m3x8(values[turn], scale);
+      if (call.is_turned)
+        turned.put(row % kTile, column % kTile, q);
+      else if (row < call.rows && column < call.columns)
+        *reinterpret_cast<uint2*>(call.out.q + (expert_rows + row) * call.columns + column) = q;
     }
-    if (threadIdx.x == 0) call.out.scales[tile] = scale;
+    if (call.is_turned)
+      turned.take_out(call.out.q +
+                          (expert * call.columns + column_tile * kTile) * call.rows +
+                          row_tile * kTile,
+                      call.rows);
+    if (threadIdx.x == 0)
+      call.out.scales[call.is_turned
+                          ? (expert * column_tiles + column_tile) * row_tiles + row_tile
+                          : tile] = scale;
   }
 }
 
 // A block per 128 rows and 128 columns.
 extern "C" __global__ void __launch_bounds__(kTileThreads) retile_columns(RetileCall call) {
-  __shared__ uint32_t tops[kRowsAtOnce][kTile];
+  __shared__ TurnedTile turned;
+  // One column of each lane side by side; a group's odd number of such lines takes the other half of
+  // a warp to the other half of the banks.
+  __shared__ uint32_t tops[kRowsAtOnce][kColumns + 1][kLanesPerTile];
   const uint32_t column_tiles = call.hidden / kTile;
   const uint64_t tiles = uint64_t(call.num_rows / kTile) * column_tiles;
-  const uint32_t in_tile = threadIdx.x % kLanesPerTile * kColumns;
+  const uint32_t lane = threadIdx.x % kLanesPerTile, in_tile = lane * kColumns;
   for (uint64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     const uint64_t row_tile = tile / column_tiles, column_tile = tile % column_tiles;
     const uint64_t first_row = row_tile * kTile + threadIdx.x / kLanesPerTile;
@@ -115,7 +132,7 @@ extern "C" __global__ void __launch_bounds__(kTileThreads) retile_columns(Retile
     }
     __syncthreads();  // the tile before has been read
 #pragma unroll
-    for (uint32_t i = 0; i < kColumns; ++i) tops[threadIdx.x / kLanesPerTile][in_tile + i] = top[i];
+    for (uint32_t i = 0; i < kColumns; ++i) tops[threadIdx.x / kLanesPerTile][i][lane] = top[i];
     __syncthreads();
     float scales[kColumns];
 #pragma unroll
@@ -123,7 +140,7 @@ extern "C" __global__ void __launch_bounds__(kTileThreads) retile_columns(Retile
       uint32_t most = 0;
 #pragma unroll
       for (uint32_t group = 0; group < kRowsAtOnce; ++group)
-        most = max(most, tops[group][in_tile + i]);
+        most = max(most, tops[group][i][lane]);
       scales[i] = scale_of(most, call.cast);
       if (threadIdx.x / kLanesPerTile == 0)
         call.out.scales[row_tile * call.hidden + column + i] = scales[i];
@@ -134,10 +151,16 @@ extern "C" __global__ void __launch_bounds__(kTileThreads) retile_columns(Retile
 #pragma unroll
       for (uint32_t i = 0; i < kColumns; ++i) q[i] = __fdiv_rn(values[turn][i], scales[i]);
       const uint64_t row = first_row + turn * kRowsAtOnce;
-      *reinterpret_cast<uint2*>(call.out.q + row * call.hidden + column) =
-          make_uint2(to_e4m3x2(q[0], q[1]) | to_e4m3x2(q[2], q[3]) << 16,
-                     to_e4m3x2(q[4], q[5]) | to_e4m3x2(q[6], q[7]) << 16);
+      const uint2 eight = make_uint2(to_e4m3x2(q[0], q[1]) | to_e4m3x2(q[2], q[3]) << 16,
+                                     to_e4m3x2(q[4], q[5]) | to_e4m3x2(q[6], q[7]) << 16);
+      if (call.is_turned)
+        turned.put(uint32_t(row % kTile), in_tile, eight);
+      else
+        *reinterpret_cast<uint2*>(call.out.q + row * call.hidden + column) = eight;
     }
+    if (call.is_turned)
+      turned.take_out(call.out.q + column_tile * kTile * call.num_rows + row_tile * kTile,
+                      call.num_rows);
   }
 }
 

@@ -44,15 +44,20 @@ def test_weights(dtype: torch.dtype, pow2: bool, shape: tuple[int, ...]) -> None
         kernels().quantize_weight(w.cuda(), pow2=pow2), quant.quantize_weight(w, pow2=pow2), strict=True
     ):
         same(ours, theirs, str(shape))
+    if shape[-2] % 8 == 0:
+        turned = kernels().quantize_weight(w.cuda().mT, pow2=pow2)
+        for ours, theirs in zip(turned, quant.quantize_weight(w.mT, pow2=pow2), strict=True):
+            same(ours, theirs, f"{shape}, rows and columns exchanged")
 
 
 @pytest.mark.parametrize("pow2", [False, True])
 def test_columns(pow2: bool) -> None:
     for rows, hidden in ((0, 256), (128, 128), (1280, 7168)):
         given = quant.quantize_e4m3(make(rows, hidden, torch.bfloat16, rows), pow2=True)
-        ours = kernels().retile_columns(*(each.cuda() for each in given), pow2=pow2)
-        for mine, theirs in zip(ours, quant.retile_columns(*given, pow2=pow2), strict=True):
-            same(mine, theirs, f"{rows} x {hidden}")
+        for turned in (False, True):
+            ours = kernels().retile_columns(*(each.cuda() for each in given), pow2=pow2, turned=turned)
+            for mine, theirs in zip(ours, quant.retile_columns(*given, pow2=pow2, turned=turned), strict=True):
+                same(mine, theirs, f"{rows} x {hidden}, {turned=}")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -142,7 +147,9 @@ def test_speed(capsys: pytest.CaptureFixture[str]) -> None:
         "swiglu_again": (lambda: fused.swiglu_again(kept.gate, kept.up, weights), 3 * gate.numel()),
         "swiglu_backward": (lambda: fused.swiglu_backward(grad, kept.gate, kept.up, weights), 6 * gate.numel()),
         "retile_columns": (lambda: fused.retile_columns(kept.gate.fp8, kept.gate.scales), 2 * gate.numel()),
+        "... turned": (lambda: fused.retile_columns(kept.gate.fp8, kept.gate.scales, turned=True), 2 * gate.numel()),
         "quantize_weight": (lambda: fused.quantize_weight(w, pow2=True), 5 * w.numel()),
+        "... of w.mT": (lambda: fused.quantize_weight(w.mT, pow2=True), 5 * w.numel()),
     }
     for name, (call, num_bytes) in cases.items():
         source = torch.empty(num_bytes // 2, dtype=torch.uint8, device="cuda")

@@ -54,13 +54,17 @@ def test_rows(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("pow2", [False, True])
 def test_weights(dtype: torch.dtype, pow2: bool) -> None:
-    for shape in ((128, 256), (3, 128, 256), (2, 130, 200), (1, 8, 8), (0, 128, 128)):
+    for shape in ((128, 256), (3, 128, 256), (2, 136, 200), (1, 8, 8), (0, 128, 128)):
         w = torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(dtype)
         if w.numel() > 1000:
             w.view(-1)[11], w.view(-1)[700] = float("nan"), 300.0
         results = fused.quantize_weight(w, pow2=pow2), quant.quantize_weight(w, pow2=pow2)
         for ours, theirs in zip(*results, strict=True):
             same(ours, theirs, str(shape))
+        results = fused.quantize_weight(w.mT, pow2=pow2), quant.quantize_weight(w.mT, pow2=pow2)
+        for ours, theirs in zip(*results, strict=True):
+            same(ours, theirs, f"{shape}, rows and columns exchanged")
+            assert ours.is_contiguous()
 
 
 @pytest.mark.usefixtures("on_cpu")
@@ -68,9 +72,10 @@ def test_weights(dtype: torch.dtype, pow2: bool) -> None:
 def test_columns(pow2: bool) -> None:
     for rows, hidden in ((0, 256), (128, 128), (256, 384)):
         given = quant.quantize_e4m3(make(rows, hidden, torch.bfloat16, rows), pow2=pow2)
-        results = fused.retile_columns(*given, pow2=pow2), quant.retile_columns(*given, pow2=pow2)
-        for ours, theirs in zip(*results, strict=True):
-            same(ours, theirs, f"{rows} x {hidden}")
+        for turned in (False, True):
+            results = [each.retile_columns(*given, pow2=pow2, turned=turned) for each in (fused, quant)]
+            for ours, theirs in zip(*results, strict=True):
+                same(ours, theirs, f"{rows} x {hidden}, {turned=}")
 
 
 @pytest.mark.usefixtures("on_cpu")

@@ -1,0 +1,115 @@
+"""Grouped matrix products of FP8 operands on Hopper's FP8 tensor cores, in Triton.
+
+torch has no grouped product with scales of 1x128 and 128x128 tiles, and a product per expert wants the sizes on the
+host. Sums over 128 elements come from the tensor cores, which keep about 14 bits of them; these are scaled and added up
+in FP32, as DeepSeek-V3 does (technical report, arXiv 2412.19437, section 3.3.2).
+
+Rows of expert e are those from `ends[e - 1]` to `ends[e]`, multiples of 128. What lies after the last is not written.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from commlib.cuda.fp8_gemm_kernels import rows_kernel, weights_kernel
+from commlib.errors import ConfigError
+from commlib.layout import SCALE_BLOCK
+
+__all__ = ["grouped_mm", "grouped_weight_grad"]
+
+_TOGETHER = 8
+
+
+def grouped_mm(x: Tensor, x_scales: Tensor, w: Tensor, w_scales: Tensor, ends: Tensor, dtype: torch.dtype) -> Tensor:
+    """`y[r] = x[r] W[e]^T` for the rows r of each expert e.
+
+    Args:
+        x: float8_e4m3fn [T, K].
+        x_scales: FP32 [T, K / 128].
+        w: float8_e4m3fn [E, N, K].
+        w_scales: FP32 [E, N / 128, K / 128].
+        ends: int32 [E], on the device.
+        dtype: of the result, BF16 or FP32.
+
+    Returns:
+        [T, N].
+
+    Raises:
+        ConfigError: shapes that do not fit, or a dimension that is no multiple of 128.
+    """
+    (num_rows, depth), (num_experts, width, w_depth) = x.shape, w.shape
+    _check(num_rows, depth, width)
+    shapes = [list(each.shape) for each in (x_scales, w_scales, ends)]
+    blocks = depth // SCALE_BLOCK
+    expected = [[num_rows, blocks], [num_experts, width // SCALE_BLOCK, blocks], [num_experts]]
+    if depth != w_depth or shapes != expected:
+        raise ConfigError(f"x {list(x.shape)} and w {list(w.shape)} come with scales and ends {shapes}")
+    out = torch.empty(num_rows, width, dtype=dtype, device=x.device)
+    if out.numel() and num_experts and depth:
+        columns = width // SCALE_BLOCK
+        _launch(
+            rows_kernel,
+            num_rows // SCALE_BLOCK * columns,
+            (_tiles(x), x_scales.contiguous(), _tiles(w.flatten(0, 1)), w_scales.contiguous(), ends.contiguous(), out),
+            (width, depth, num_rows, num_experts, columns, triton.next_power_of_2(num_experts), SCALE_BLOCK, _TOGETHER),
+        )
+    return out
+
+
+def grouped_weight_grad(
+    grad: Tensor, grad_scales: Tensor, x: Tensor, x_scales: Tensor, ends: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """`sum over the rows r of e: grad[r]^T x[r]`, of what `quant.retile_columns` gives if `turned`.
+
+    Args:
+        grad: float8_e4m3fn [N, T].
+        grad_scales: FP32 [T / 128, N].
+        x: float8_e4m3fn [K, T].
+        x_scales: FP32 [T / 128, K].
+        ends: int32 [E], on the device.
+        dtype: of the result, BF16 or FP32.
+
+    Returns:
+        [E, N, K], zeros for an expert without rows.
+
+    Raises:
+        ConfigError: shapes that do not fit, or a dimension that is no multiple of 128.
+    """
+    (width, num_rows), (depth, x_rows) = grad.shape, x.shape
+    _check(num_rows, depth, width)
+    shapes, blocks = [list(each.shape) for each in (grad_scales, x_scales)], num_rows // SCALE_BLOCK
+    if num_rows != x_rows or shapes != [[blocks, width], [blocks, depth]] or ends.ndim != 1:
+        raise ConfigError(f"grad {list(grad.shape)} and x {list(x.shape)} come with scales {shapes}")
+    shape = (len(ends), width, depth)
+    if num_rows == 0:
+        return torch.zeros(shape, dtype=dtype, device=x.device)
+    out = torch.empty(shape, dtype=dtype, device=x.device)
+    if out.numel():
+        columns = depth // SCALE_BLOCK
+        tiles = width // SCALE_BLOCK * columns
+        _launch(
+            weights_kernel,
+            len(ends) * tiles,
+            (_tiles(grad), grad_scales.contiguous(), _tiles(x), x_scales.contiguous(), ends.contiguous(), out),
+            (width, depth, columns, tiles, SCALE_BLOCK),
+        )
+    return out
+
+
+def _check(*sizes: int) -> None:
+    if any(size % SCALE_BLOCK for size in sizes):
+        raise ConfigError(f"rows, depth and width are {sizes}, the rule: multiples of {SCALE_BLOCK}")
+
+
+def _tiles(matrix: Tensor) -> Any:
+    return TensorDescriptor.from_tensor(matrix.contiguous(), [SCALE_BLOCK, SCALE_BLOCK])
+
+
+def _launch(kernel: Any, programs: int, tensors: tuple[Any, ...], sizes: tuple[int, ...]) -> None:
+    with torch.cuda.device(tensors[-1].device):
+        kernel[(programs,)](*tensors, *sizes, num_warps=8, num_stages=4)

@@ -20,8 +20,8 @@ from commlib.bootstrap.agreement import allgather_or_raise
 from commlib.config import RuntimeConfig
 from commlib.cuda.driver import Event
 from commlib.cuda.host_page import HostPage
-from commlib.cuda.launch import MAX_PARTS
-from commlib.cuda.params import ExchangeHeader, FaultNote, LatencyMessage, LatencyRegions, sizeof
+from commlib.cuda.launch import MAX_PARTS, MESSAGE_HEAD_WORDS, RECORD_WORDS
+from commlib.cuda.params import ExchangeHeader, FaultNote, LatencyRegions, sizeof
 from commlib.errors import CapacityError, TransportError
 from commlib.layout import SCALE_BLOCK, align_up, format_bytes, record_bytes
 
@@ -97,12 +97,12 @@ class Regions:
         return {
             "slots": 2 * ranks * tokens * sizes["slot_bytes"],
             "messages": 2 * ranks * sizes["message_bytes"],
-            "message_epoch": ranks * _LINE,
             "row_epoch": ranks * tokens * MAX_PARTS * 4,
             "partials": 2 * ranks * tokens * sizes["partial_bytes"],
             "partial_epoch": ranks * tokens * MAX_PARTS * 4,
-            "dispatch_done": ranks * _LINE,
-            "combine_done": ranks * _LINE,
+            "dispatch_done": 8 * ranks * self.config.num_sms,
+            "combine_done": 8 * ranks * self.config.num_sms,
+            "block_epochs": 4 * 8 * self.config.num_sms,
         }
 
     def latency_sizes(self) -> dict[str, int]:
@@ -110,13 +110,13 @@ class Regions:
         config = self.config
         row_bytes = align_up(2 * config.hidden, 16)
         record_offset = row_bytes + align_up(4 * (config.hidden // SCALE_BLOCK), 16)
-        mask_bytes = 4 * -(-(config.decode_tokens or 0) // 32)
+        message_words = MESSAGE_HEAD_WORDS + -(-(config.decode_tokens or 0) // 32) + config.num_experts
         return {
             "scales_offset": row_bytes,
             "record_offset": record_offset,
-            "slot_bytes": align_up(record_offset + record_bytes(config.num_topk), 128),
+            "slot_bytes": align_up(record_offset + 8 * RECORD_WORDS * config.num_topk, 128),
             "partial_bytes": align_up(row_bytes, 128),
-            "message_bytes": align_up(sizeof(LatencyMessage) + mask_bytes + 4 * config.num_experts, _LINE),
+            "message_bytes": align_up(8 * message_words, _LINE),
         }
 
     def latency(self) -> LatencyRegions:

@@ -33,7 +33,6 @@ __all__ = [
     "Landing",
     "LatencyCombineCall",
     "LatencyDispatchCall",
-    "LatencyMessage",
     "LatencyRegions",
     "Mesh",
     "PushLimitCall",
@@ -255,12 +254,12 @@ class LatencyRegions(ctypes.Structure):
             for name in (
                 "slots",
                 "messages",
-                "message_epoch",
                 "row_epoch",
                 "partials",
                 "partial_epoch",
                 "dispatch_done",
                 "combine_done",
+                "block_epochs",
             )
         ),
         *(
@@ -274,16 +273,6 @@ class LatencyRegions(ctypes.Structure):
                 "message_bytes",
             )
         ),
-    ]
-
-
-class LatencyMessage(ctypes.Structure):
-    _fields_ = [
-        ("status", c_uint32),
-        ("bad_index", c_uint32),
-        ("bad_value", c_int64),
-        ("agreed", c_uint32),
-        ("num_tokens", c_uint32),
     ]
 
 
@@ -373,7 +362,7 @@ _MIRRORS = (
 
 # Structs that only some units have.
 _MIRRORS_OF = {
-    "latency_dispatch": (LatencyRegions, LatencyMessage, LatencyDispatchCall),
+    "latency_dispatch": (LatencyRegions, LatencyDispatchCall),
     "latency_combine": (LatencyRegions, LatencyCombineCall),
     "push_limit": (PushLimitCall,),
     "gate": (GateCall,),

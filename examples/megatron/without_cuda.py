@@ -13,7 +13,7 @@ import torch
 import torch._dynamo.config
 import torch.distributed as dist
 
-__all__ = ["use_cpu_in_place_of_cuda"]
+__all__ = ["define_transformer_engine_names", "use_cpu_in_place_of_cuda"]
 
 
 class _Stream(torch.cpu.Stream):
@@ -54,8 +54,12 @@ def use_cpu_in_place_of_cuda() -> None:
     # Megatron compiles small functions; without a GPU that only costs time.
     torch._dynamo.config.disable = True
     dist.all_to_all_single = _all_to_all_with_lists
+    define_transformer_engine_names()
+
+
+def define_transformer_engine_names() -> None:
+    """Without Transformer Engine, on any device: Megatron's router asks whether a name is None that is not defined."""
     from megatron.core.transformer.moe import moe_utils
 
-    # The router asks whether this is None, but it is not defined at all without Transformer Engine.
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None

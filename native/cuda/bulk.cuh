@@ -77,6 +77,7 @@ struct NoTransform {
 template <int kStages, int kAhead, int kLanes>
 struct RowPipe {
   static constexpr uint32_t kTableBytes = kStages * (kLanes * 8 + 8 + 4);
+  static constexpr uint32_t kMostAhead = kAhead;
   // Of the memory of a warp: bulk copies from and to stages that start elsewhere took a quarter
   // longer.
   static constexpr uint32_t kAlignment = 128;
@@ -119,6 +120,15 @@ struct RowPipe {
     __syncwarp();  // every lane's store has read the stage, and the tables are written
     if (lane_id() == 0) bulk_load(stages + stage * piece_bytes, from, bytes, ready + stage);
     ++loaded;
+  }
+
+  // The newest `pieces`, put without a target, none of them stored, are one row that goes to the
+  // lane's `target`; 0: nowhere.
+  __device__ void aim(uint64_t target, uint32_t pieces) {
+    if (lane_id() >= kLanes || target == 0) return;
+    for (uint32_t i = 0; i < pieces; ++i)
+      targets[(loaded - pieces + i) % kStages * kLanes + lane_id()] =
+          target + uint64_t(i) * piece_bytes;
   }
 
   template <typename Transform>

@@ -1,8 +1,9 @@
 // The latency regime: no exchange before the rows. A row goes to its own place [source][token] at
 // each rank that wants it, the counts go beside the rows, and the receiver works out the order.
 //
-// Slots have two generations. The operation after next may write a slot again once its rank has
-// said that it has taken the rows in (dispatch_done, combine_done).
+// Slots have two generations. The operation after next may write a slot again once all blocks of
+// its rank have said that they have taken their rows in (dispatch_done, combine_done). Blocks meet
+// nowhere: each counts the operations itself.
 #pragma once
 
 #include "cuda/bulk.cuh"
@@ -17,28 +18,32 @@ constexpr uint32_t kDisagree = 5;  // a Status: the ranks' calls differ
 
 // Where things lie in every rank's control region.
 struct LatencyRegions {
-  uint64_t slots;          // [generation][source][token] row, scales, record
-  uint64_t messages;       // [generation][source]
-  uint64_t message_epoch;  // [source] line
+  uint64_t slots;          // [generation][source][token] row, scales, record [choice][RecordWord]
+  uint64_t messages;       // [generation][source] words, see MessageHead
   uint64_t row_epoch;      // [source][token][part] uint32: newest epoch that lies in the slot
   uint64_t partials;       // [generation][writer][token] row
   uint64_t partial_epoch;  // [writer][token][part] uint32
-  uint64_t dispatch_done;  // [rank] line: newest epoch whose rows that rank has taken in
-  uint64_t combine_done;   // [rank] line
+  uint64_t dispatch_done;  // [rank][block] newest epoch whose rows that block has taken in
+  uint64_t combine_done;   // [rank][block]
+  uint64_t block_epochs;   // [block][LatencyCounter] own: newest operation of each
   uint32_t max_tokens;
   uint32_t slot_bytes, scales_offset, record_offset;
   uint32_t partial_bytes;
   uint32_t message_bytes;
 };
 
-// To every rank, from every rank, in every dispatch. Behind it, uint32: which tokens come to that
-// rank [max_tokens / 32] bits, tokens per expert [E].
-struct LatencyMessage {
-  uint32_t status;
-  uint32_t bad_index;  // token * num_topk + slot
-  int64_t bad_value;
-  uint32_t agreed;  // hash of what must be equal on all ranks
-  uint32_t num_tokens;
+// Of a record: a word for each of a token's choices and each of these.
+enum RecordWord : uint32_t { kExpertWord, kPlaceWord, kWeightWord, kRecordWords };
+
+// To every rank, from every rank, in every dispatch. A head, then which tokens come to that rank
+// [max_tokens / 32] bits, then tokens per expert [E].
+enum MessageHead : uint32_t {
+  kStatusWord,
+  kAgreedWord,       // hash of what must be equal on all ranks
+  kBadIndexWord,     // token * num_topk + slot
+  kBadValueWord,     // lower half
+  kBadValueTopWord,  // upper half
+  kHeadWords
 };
 
 struct LatencyDispatchCall {
@@ -73,14 +78,14 @@ __device__ inline uint32_t mask_words(const LatencyRegions& regions) {
   return (regions.max_tokens + 31) / 32;
 }
 
-__device__ inline LatencyMessage* message(const Mesh& mesh, const LatencyRegions& regions, int rank,
-                                          uint64_t epoch, int source) {
-  const uint64_t index = (epoch & 1) * uint64_t(mesh.num_ranks) + uint64_t(source);
-  return at<LatencyMessage>(mesh, rank, regions.messages + index * regions.message_bytes);
+__device__ inline uint32_t message_words(const Mesh& mesh, const LatencyRegions& regions) {
+  return kHeadWords + mask_words(regions) + uint32_t(mesh.num_experts);
 }
 
-__device__ inline uint32_t* message_mask(LatencyMessage* head) {
-  return reinterpret_cast<uint32_t*>(head + 1);
+__device__ inline uint64_t* message(const Mesh& mesh, const LatencyRegions& regions, int rank,
+                                    uint64_t epoch, int source) {
+  const uint64_t index = (epoch & 1) * uint64_t(mesh.num_ranks) + uint64_t(source);
+  return at<uint64_t>(mesh, rank, regions.messages + index * regions.message_bytes);
 }
 
 __device__ inline uint64_t place_of(const Mesh& mesh, const LatencyRegions& regions, uint64_t epoch,
@@ -102,6 +107,13 @@ __device__ inline uint8_t* partial_slot(const Mesh& mesh, const LatencyRegions& 
 
 // "This part came in this epoch or, its place being taken again, a later one": one writer, never
 // reset. Epochs are compared as numbers on a circle.
+__device__ inline bool part_has_come(const Mesh& mesh, const Flags& flags, int writer,
+                                     uint32_t number, uint32_t epoch) {
+  const uint32_t* flag =
+      at<uint32_t>(mesh, mesh.rank, flags.offset) + uint64_t(writer) * flags.per_writer + number;
+  return int32_t(load_acquire(flag) - epoch) >= 0;  // partner: Announcer::tell_until at the writer
+}
+
 __device__ inline bool wait_part(const Mesh& mesh, const Flags& flags, int writer, uint32_t number,
                                  uint32_t epoch, Phase phase) {
   const uint32_t* flag =
@@ -128,50 +140,75 @@ struct PartTasks {
   __device__ void next() { number += step; }
 };
 
-// Every thread of the block. False: the Runtime is faulty.
-__device__ inline bool wait_lines(const Mesh& mesh, uint64_t lines, uint64_t epoch, Phase phase) {
+// Messages and records are words that carry the epoch in their upper half: a reader knows of each
+// by itself that it has come, and nobody needs a fence.
+__device__ inline void put_word(uint64_t* to, uint64_t epoch, uint32_t word) {
+  commlib::store_relaxed(to, epoch << 32 | word);
+}
+
+// Partner: put_word at the writer. False: the Runtime is faulty.
+__device__ inline bool wait_word(const Mesh& mesh, const uint64_t* from, int writer, uint64_t epoch,
+                                 uint64_t* word) {
+  return wait_until(mesh, {kTakeIn, writer, epoch, epoch}, [=](uint64_t* seen) {
+    *word = commlib::load_relaxed(from);
+    *seen = *word >> 32;
+    return uint32_t(*seen) == uint32_t(epoch);
+  });
+}
+
+__device__ inline uint64_t* block_epochs(const Mesh& mesh, const LatencyRegions& regions) {
+  return at<uint64_t>(mesh, mesh.rank, regions.block_epochs) + 4 * blockIdx.x;
+}
+
+// Every thread of the block: the slots of the operation before the last are free at all ranks.
+// False: the Runtime is faulty.
+__device__ inline bool wait_room(const Mesh& mesh, uint64_t done, uint64_t epoch) {
   bool has_come = true;
-  const int rank = int(threadIdx.x);
-  if (rank < mesh.num_ranks) {
-    const uint64_t* word = at<uint64_t>(mesh, mesh.rank, lines + kLine * rank);
-    has_come = wait_until(mesh, {phase, rank, epoch, epoch}, [=](uint64_t* seen) {
-      *seen = load_acquire(word);  // partner: tell_line at that rank
-      return int64_t(*seen - epoch) >= 0;
-    });
-  }
+  const uint64_t* words = at<uint64_t>(mesh, mesh.rank, done);
+  const int end = epoch < 3 ? 0 : mesh.num_ranks * int(gridDim.x);  // all ranks have as many blocks
+  for (int i = int(threadIdx.x); i < end && has_come; i += int(blockDim.x))
+    has_come = wait_until(mesh, {kRoom, i / int(gridDim.x), epoch - 2, epoch - 2},
+                          [word = words + i, epoch](uint64_t* seen) {
+                            *seen = load_acquire(word);  // partner: tell_done at that rank
+                            return int64_t(*seen - (epoch - 2)) >= 0;
+                          });
   return __syncthreads_and(has_come) != 0;
 }
 
-// One thread, after all that it vouches for.
-__device__ inline void tell_line(const Mesh& mesh, uint64_t lines, int rank, uint64_t epoch) {
-  fence_system();
-  commlib::store_relaxed(at<uint64_t>(mesh, rank, lines + kLine * mesh.rank), epoch);
+// A lane per rank: the slots of this block's operations up to `epoch` are free.
+__device__ inline void tell_done(const Mesh& mesh, uint64_t done, uint64_t epoch) {
+  if (lane_id() >= mesh.num_ranks) return;
+  uint64_t* words = at<uint64_t>(mesh, lane_id(), done);
+  // Partner: the load in wait_room at that rank.
+  commlib::store_relaxed(words + uint64_t(mesh.rank) * gridDim.x + blockIdx.x, epoch);
 }
 
-// The slots of the operation before the last are free at all ranks.
-__device__ inline bool wait_room(const Mesh& mesh, uint64_t done, uint64_t epoch) {
-  return wait_lines(mesh, done, epoch < 2 ? 0 : epoch - 2, kRoom);
+// Every thread of the block, at its start. What earlier kernels have read is free: the end of a
+// kernel orders it before, without a fence that somebody waits for.
+__device__ inline const uint64_t* start_latency(const Mesh& mesh, const LatencyRegions& regions) {
+  const uint64_t* epochs = block_epochs(mesh, regions);
+  if (warp_id() == int(blockDim.x / 32) - 1) {
+    tell_done(mesh, regions.dispatch_done, epochs[kTakenIn]);
+    tell_done(mesh, regions.combine_done, epochs[kAddedUp]);
+  }
+  return epochs;
 }
 
-// Every thread of every block, at its end. The block that comes last counts the operation.
-__device__ inline void finish_latency(const Mesh& mesh, uint32_t phases, LatencyCounter sent,
-                                      LatencyCounter received, uint64_t done) {
+// Every thread of the block, at its end: counts the operation. Second halves also tell at once that
+// their slots are free, since the next kernel may be long in coming.
+__device__ inline void finish_latency(const Mesh& mesh, const LatencyRegions& regions,
+                                      uint32_t phases, LatencyCounter sent, LatencyCounter received,
+                                      uint64_t done) {
   __syncthreads();
   if (warp_id() != 0) return;
-  Workspace& workspace = *mesh.workspace;
-  bool is_last = false;
-  if (lane_id() == 0) {
-    fence_device();
-    is_last = atomicInc(&workspace.latency_blocks, gridDim.x - 1) == gridDim.x - 1;
-    fence_device();
-  }
-  if (!__shfl_sync(0xffffffffu, int(is_last), 0)) return;
-  const uint64_t epoch = workspace.latency_epochs[received] + 1;
+  uint64_t* epochs = block_epochs(mesh, regions);
+  const uint64_t epoch = epochs[received] + 1;
   __syncwarp();  // all lanes have read it
-  if (lane_id() == 0 && (phases & kSend)) workspace.latency_epochs[sent] += 1;
-  if ((phases & kReceive) == 0) return;
-  if (lane_id() == 0) workspace.latency_epochs[received] = epoch;
-  if (lane_id() < mesh.num_ranks) tell_line(mesh, done, lane_id(), epoch);
+  if (lane_id() == 0 && (phases & kSend)) epochs[sent] += 1;
+  if (lane_id() == 0 && (phases & kReceive)) epochs[received] = epoch;
+  if (phases != kReceive) return;
+  fence_system();  // what the block has read, before the word that lets it be overwritten
+  tell_done(mesh, done, epoch);
 }
 
 }  // namespace commlib::cuda

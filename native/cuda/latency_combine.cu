@@ -131,9 +131,8 @@ extern "C" __global__ void __launch_bounds__(384, 1)
                     const __grid_constant__ LatencyRegions regions,
                     const __grid_constant__ LatencyCombineCall call) {
   extern __shared__ __align__(128) uint8_t memory[];
-  const Workspace& workspace = *mesh.workspace;
-  const uint64_t sent = workspace.latency_epochs[kCombineSent] + 1;
-  const uint64_t received = workspace.latency_epochs[kAddedUp] + 1;
+  const uint64_t* epochs = start_latency(mesh, regions);
+  const uint64_t sent = epochs[kCombineSent] + 1, received = epochs[kAddedUp] + 1;
   const bool is_void = *call.state != 0;  // on all ranks alike
   WarpMemory own = carve_sums(call.piece_bytes, memory);
   if (threadIdx.x == 0 && is_faulty(mesh)) adopt_fault(mesh);
@@ -150,7 +149,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     else
       add_up<uint16_t>(mesh, regions, call, own, received);
   }
-  finish_latency(mesh, call.phases, kCombineSent, kAddedUp, regions.combine_done);
+  finish_latency(mesh, regions, call.phases, kCombineSent, kAddedUp, regions.combine_done);
 }
 
 }  // namespace commlib::cuda

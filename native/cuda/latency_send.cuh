@@ -72,60 +72,41 @@ __device__ inline Choices gather_choices(const Mesh& mesh, const LatencyRegions&
   return choices;
 }
 
-// One warp for each rank, of different blocks: counts of all experts, and which tokens come.
+// A block for each rank, all its threads: counts of all experts, and which tokens come.
 __device__ inline void send_messages(const Mesh& mesh, const LatencyRegions& regions,
                                      const LatencyDispatchCall& call, const Choices& choices,
                                      uint64_t epoch) {
-  if (warp_id() != int(blockDim.x / 32) - 1) return;
-  const unsigned long long error = *choices.error;
-  const uint32_t index = uint32_t(error >> 8);
   for (int rank = int(blockIdx.x); rank < mesh.num_ranks; rank += int(gridDim.x)) {
-    LatencyMessage* head = message(mesh, regions, rank, epoch, mesh.rank);
-    if (lane_id() == 0) {
-      const uint32_t status = error == ~0ull ? uint32_t(kOk) : uint32_t(error & 0xff);
-      int64_t value = 0;
-      if (status == kBadWeight) value = int64_t(__float_as_uint(call.topk_weights[index]));
-      if (status == kBadExpert || status == kDuplicate) value = call.topk_idx[index];
-      *head = LatencyMessage{status, index, value, call.agreed, call.num_tokens};
-    }
-    uint32_t* mask = message_mask(head);
-    for (uint32_t w = 0; w < choices.words; ++w) {
+    uint64_t* words = message(mesh, regions, rank, epoch, mesh.rank);
+    for (uint32_t w = uint32_t(warp_id()); w < choices.words; w += blockDim.x / 32) {
       uint32_t bits = 0;
       for (int e = lane_id(); e < mesh.experts_per_rank; e += 32)
         bits |= choices.tokens[uint32_t(rank * mesh.experts_per_rank + e) * choices.words + w];
       bits = __reduce_or_sync(0xffffffffu, bits);
-      if (lane_id() == 0) mask[w] = bits;
+      if (lane_id() == 0) put_word(words + kHeadWords + w, epoch, bits);
     }
-    for (int e = lane_id(); e < mesh.num_experts; e += 32)
-      mask[choices.words + e] = choices.count(e);
-    __syncwarp();
-    // Partner: the load in wait_lines of find_places at that rank.
-    if (lane_id() == 0) tell_line(mesh, regions.message_epoch, rank, epoch);
+    for (int e = int(threadIdx.x); e < mesh.num_experts; e += int(blockDim.x))
+      put_word(words + kHeadWords + choices.words + uint32_t(e), epoch, choices.count(e));
+    if (threadIdx.x != blockDim.x - 1) continue;
+    const unsigned long long error = *choices.error;
+    const uint32_t status = error == ~0ull ? uint32_t(kOk) : uint32_t(error & 0xff);
+    const uint32_t index = uint32_t(error >> 8);
+    uint64_t value = 0;
+    if (status == kBadWeight) value = __float_as_uint(call.topk_weights[index]);
+    if (status == kBadExpert || status == kDuplicate) value = uint64_t(call.topk_idx[index]);
+    put_word(words + kStatusWord, epoch, status);
+    put_word(words + kAgreedWord, epoch, call.agreed);
+    put_word(words + kBadIndexWord, epoch, index);
+    put_word(words + kBadValueWord, epoch, uint32_t(value));
+    put_word(words + kBadValueTopWord, epoch, uint32_t(value >> 32));
   }
-}
-
-__device__ inline void send_record(const Mesh& mesh, const LatencyDispatchCall& call,
-                                   uint32_t token, int expert, uint32_t place, uint8_t* record,
-                                   uint32_t epoch) {
-  const int lane = lane_id();
-  const uint32_t header[4] = {uint32_t(mesh.rank), token, uint32_t(mesh.num_topk), epoch};
-  if (lane < 4)
-    reinterpret_cast<uint32_t*>(record)[lane] = lane == 0   ? header[0]
-                                                : lane == 1 ? header[1]
-                                                : lane == 2 ? header[2]
-                                                            : header[3];
-  if (lane >= mesh.num_topk) return;
-  const uint64_t index = uint64_t(token) * mesh.num_topk + lane;
-  const float weight = expert < 0                     ? 0.0f
-                       : call.topk_weights == nullptr ? 1.0f
-                                                      : call.topk_weights[index];
-  record_entries(record)[lane] = RecordEntry{expert, int32_t(place), weight};
 }
 
 // One part of an own row: where it goes, a lane per choice of its token.
 struct SendTask {
   uint32_t token, part;
   int expert, rank;
+  float weight;
   bool is_target;
   uint8_t* slot;  // of the lane's rank
 };
@@ -133,10 +114,11 @@ struct SendTask {
 __device__ inline SendTask make_task(const Mesh& mesh, const LatencyRegions& regions,
                                      const LatencyDispatchCall& call, const PartTasks& tasks,
                                      uint64_t epoch) {
-  SendTask task{tasks.row(), tasks.part(), -1, -1, false, nullptr};
+  SendTask task{tasks.row(), tasks.part(), -1, -1, 1.0f, false, nullptr};
   const int lane = lane_id();
-  if (lane < mesh.num_topk)
-    task.expert = int(call.topk_idx[uint64_t(task.token) * mesh.num_topk + lane]);
+  const uint64_t choice = uint64_t(task.token) * mesh.num_topk + lane;
+  if (lane < mesh.num_topk) task.expert = int(call.topk_idx[choice]);
+  if (lane < mesh.num_topk && call.topk_weights != nullptr) task.weight = call.topk_weights[choice];
   const bool is_valid = task.expert >= 0 && task.expert < mesh.num_experts;  // else nothing goes
   task.rank = is_valid ? task.expert / mesh.experts_per_rank : -1 - lane;
   const uint32_t same = __match_any_sync(0xffffffffu, task.rank);
@@ -160,12 +142,40 @@ __device__ inline void load_part(const LatencyRegions& regions, const LatencyDis
                task.is_target ? reinterpret_cast<uint64_t>(task.slot + to) : 0);
 }
 
-// Role: the own rows to each rank that wants them, a warp per part. The first part is being loaded.
+// To every rank that gets the token: where its rows lie there.
+__device__ inline void send_record(const Mesh& mesh, const LatencyRegions& regions,
+                                   const Choices& choices, const SendTask& task, uint64_t epoch) {
+  const bool is_choice = lane_id() < mesh.num_topk;
+  const bool is_valid = task.rank >= 0;
+  const uint32_t place = is_valid ? choices.count_below(task.expert, task.token) : 0;
+  const uint64_t slot = reinterpret_cast<uint64_t>(task.slot) + regions.record_offset;
+  for (uint32_t lanes = __ballot_sync(0xffffffffu, task.is_target); lanes != 0;
+       lanes &= lanes - 1) {
+    const uint64_t there = __shfl_sync(0xffffffffu, slot, __ffs(int(lanes)) - 1);
+    uint64_t* words = reinterpret_cast<uint64_t*>(there) + uint32_t(lane_id()) * kRecordWords;
+    if (!is_choice) continue;
+    put_word(words + kExpertWord, epoch, uint32_t(is_valid ? task.expert : -1));
+    put_word(words + kPlaceWord, epoch, place);
+    put_word(words + kWeightWord, epoch, __float_as_uint(is_valid ? task.weight : 0.0f));
+  }
+}
+
+// The part is stored as soon as it is there; its arrival is told when a batch is complete.
+__device__ inline void send_part(const Mesh& mesh, const LatencyRegions& regions, WarpMemory& own,
+                                 const Caster& caster, const SendTask& task, uint64_t epoch) {
+  own.pipe.store_oldest(caster);
+  const int number = int(task.token * kMaxParts + task.part);
+  own.announcer.add(task.is_target ? Tellers::place(task.rank, number) : Tellers::kNobody,
+                    own.pipe.stored);
+  own.announcer.tell(mesh, row_flags(regions), uint32_t(epoch), own.pipe);
+}
+
+// Role: the own rows to each rank that wants them, a warp per part. The first part has gone: before
+// the choices of all tokens were known, since its own token's were.
 __device__ inline void send_rows(const Mesh& mesh, const LatencyRegions& regions,
                                  const LatencyDispatchCall& call, const Choices& choices,
-                                 WarpMemory& own, PartTasks tasks, SendTask task, uint64_t epoch) {
-  const Caster caster(call, own);
-  const Flags flags = row_flags(regions);
+                                 WarpMemory& own, const Caster& caster, PartTasks tasks,
+                                 SendTask task, uint64_t epoch) {
   while (tasks.has_one()) {
     tasks.next();
     SendTask next{};
@@ -173,25 +183,12 @@ __device__ inline void send_rows(const Mesh& mesh, const LatencyRegions& regions
       next = make_task(mesh, regions, call, tasks, epoch);
       load_part(regions, call, own, next);
     }
-    own.pipe.store_oldest(caster);
-    if (task.part == 0) {
-      const uint32_t place = task.expert < 0 ? 0 : choices.count_below(task.expert, task.token);
-      const uint64_t slot = reinterpret_cast<uint64_t>(task.slot);
-      for (uint32_t lanes = __ballot_sync(0xffffffffu, task.is_target); lanes != 0;
-           lanes &= lanes - 1) {
-        const uint64_t there = __shfl_sync(0xffffffffu, slot, __ffs(int(lanes)) - 1);
-        send_record(mesh, call, task.token, task.expert, place,
-                    reinterpret_cast<uint8_t*>(there) + regions.record_offset, uint32_t(epoch));
-      }
-    }
-    const int number = int(task.token * kMaxParts + task.part);
-    own.announcer.add(task.is_target ? Tellers::place(task.rank, number) : Tellers::kNobody,
-                      own.pipe.stored);
-    own.announcer.tell(mesh, flags, uint32_t(epoch), own.pipe);
+    if (task.part == 0) send_record(mesh, regions, choices, task, epoch);
+    if (tasks.has_one()) send_part(mesh, regions, own, caster, next, epoch);
     task = next;
   }
   own.pipe.drain(caster);
-  own.announcer.tell_all(mesh, flags, uint32_t(epoch));
+  own.announcer.tell_all(mesh, row_flags(regions), uint32_t(epoch));
 }
 
 }  // namespace commlib::cuda

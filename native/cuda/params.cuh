@@ -151,10 +151,7 @@ struct Workspace {
   uint32_t is_faulty;
   uint32_t overflowed;         // some dispatch overflowed; stays until the host clears it
   uint32_t next_own;           // likewise
-  uint64_t settled;            // epoch of the newest operation whose plan is made
-  uint64_t latency_epochs[4];  // LatencyCounter: newest operation of each
-  uint32_t latency_blocks;
-  uint32_t latency_reserved;
+  uint64_t settled;  // epoch of the newest operation whose plan is made
   Plan plan;
 };
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from compat.compat_job import Job, joined
 from torch import Tensor
 
-from examples.megatron.without_cuda import use_cpu_in_place_of_cuda
+from examples.megatron.without_cuda import define_transformer_engine_names, use_cpu_in_place_of_cuda
 
 HIDDEN = 64
 NUM_EXPERTS = 8
@@ -40,6 +40,7 @@ def megatron(job: Job, expert_tensor_parallel: int) -> Iterator[None]:
     warnings.simplefilter("ignore")
     if job.device.type == "cpu":
         use_cpu_in_place_of_cuda()
+    define_transformer_engine_names()
     from megatron.core import parallel_state
 
     parallel_state.initialize_model_parallel(

@@ -51,10 +51,11 @@ def measure(runtime: commlib.Runtime, arguments: argparse.Namespace, *, is_fp8: 
     """Bytes that the MoE part of all layers keeps after the forward pass; peak of both passes, 0 on CPUs."""
     gate = routing.GateConfig(num_experts=arguments.experts, num_topk=arguments.topk, score_function="sigmoid")
     torch.manual_seed(0)
-    layers = [
-        MoELayer(arguments.hidden, arguments.width, 1, gate, runtime, is_fp8=is_fp8).to(arguments.device)
-        for _ in range(arguments.layers)
-    ]
+    with torch.device(arguments.device):
+        layers = [
+            MoELayer(arguments.hidden, arguments.width, 1, gate, runtime, is_fp8=is_fp8)
+            for _ in range(arguments.layers)
+        ]
     x = torch.randn(arguments.tokens, arguments.hidden).to(arguments.device, torch.bfloat16).requires_grad_()
     attended = [layer.attention(x) for layer in layers]
     storages = {each.untyped_storage().data_ptr() for layer in layers for each in layer.parameters()}

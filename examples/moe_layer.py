@@ -118,7 +118,7 @@ class MoELayer(nn.Module):
         alignment = runtime.config.expert_alignment
         self.experts = RoutedExperts(hidden, width, runtime.rank * num_local, num_local, alignment, is_fp8=is_fp8)
         self.register_buffer("bias", torch.zeros(gate.num_experts))
-        self.load = torch.zeros(gate.num_experts, dtype=torch.int64)
+        self.load = torch.zeros(gate.num_experts, dtype=torch.int64, device="cpu")
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [tokens, hidden] -> ([tokens, hidden], affinities FP32 [tokens, num_experts])."""

@@ -97,10 +97,11 @@ class Figures:
             num_experts=arguments.experts, num_topk=arguments.topk, score_function="sigmoid", normalize=True
         )
         torch.manual_seed(ranks.rank)
-        self._modules = [
-            MoELayer(arguments.hidden, arguments.width, 1, gate, runtime, is_fp8=arguments.fp8).to(arguments.device)
-            for _ in range(arguments.layers)
-        ]
+        with torch.device(arguments.device):
+            self._modules = [
+                MoELayer(arguments.hidden, arguments.width, 1, gate, runtime, is_fp8=arguments.fp8)
+                for _ in range(arguments.layers)
+            ]
         x = torch.randn(arguments.tokens, arguments.hidden).to(arguments.device, torch.bfloat16)
         self._x, self._grad = x.requires_grad_(), torch.randn_like(x)
         self._recordings = [Recording(runtime) for _ in self._modules]

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-__all__ = ["occupied"]
+__all__ = ["SOURCE", "occupied"]
 
-_SOURCE = """
+SOURCE = """
 extern "C" __global__ void occupy(volatile int* is_over) {
-  extern __shared__ char all[];
+  extern __shared__ char taken[];
   if (threadIdx.x == 0) while (*is_over == 0) __nanosleep(1000);
 }
 """
@@ -27,7 +27,7 @@ def occupied(num_sms: int) -> Iterator[None]:
         return
     import cupy
 
-    kernel: Any = cupy.RawKernel(_SOURCE, "occupy")
+    kernel: Any = cupy.RawKernel(SOURCE, "occupy")
     kernel.max_dynamic_shared_size_bytes = _SHARED_BYTES
     flag = torch.zeros(1, dtype=torch.int32, pin_memory=True)
     stream = cupy.cuda.Stream(non_blocking=True)

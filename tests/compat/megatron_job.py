@@ -14,6 +14,7 @@ from itertools import product
 from typing import Any
 
 import torch
+import torch._dynamo.config
 import torch.distributed as dist
 from compat.compat_job import Job, joined
 from torch import Tensor
@@ -40,6 +41,7 @@ def megatron(job: Job, expert_tensor_parallel: int) -> Iterator[None]:
     warnings.simplefilter("ignore")
     if job.device.type == "cpu":
         use_cpu_in_place_of_cuda()
+    torch._dynamo.config.disable = True  # Megatron compiles small functions: minutes for nothing
     define_transformer_engine_names()
     from megatron.core import parallel_state
 

@@ -15,6 +15,7 @@ from commlib.cuda.compile import UNITS, compile_unit, resources
 from commlib.cuda.launch import MAX_SHARED_BYTES, Tuning, plan_combine, plan_dispatch, plan_tier_combine
 from commlib.cuda.memory import ALIGNMENT, Heap, Regions
 from commlib.errors import ConfigError
+from examples.overlap_figures import occupied
 
 KERNELS = {
     "exchange": {"exchange"},
@@ -64,6 +65,13 @@ extern "C" __global__ void __launch_bounds__(1024, 2) hungry(float* x) {
     _, log = cuda_compile.nvrtc.compile_cubin(source, "hungry.cu", options)
     (found,) = resources(log)
     assert found.kernel == "hungry" and found.spill_bytes > 0 and found.stack_bytes > 0
+
+
+def test_the_example_s_own_kernel_compiles() -> None:
+    """It goes through CuPy on a GPU, which compiles it in the same way."""
+    options = [f"--gpu-architecture={cuda_compile.ARCHITECTURE}"]
+    cubin, _ = cuda_compile.nvrtc.compile_cubin(occupied.SOURCE, "occupy.cu", options)
+    assert b"occupy" in cubin
 
 
 def test_a_struct_that_differs_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 // commands all pass through one thread, in order. Every writer has a FIFO to each of them.
 #pragma once
 
+#include <algorithm>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -33,10 +34,13 @@ class FifoBank {
   RegisteredMemory memory_;
 };
 
-// Both ends of a connection must say the same: the sum of two nodes' numbers does not depend on who
-// asks, and runs through all threads as the peer's node does.
-inline int proxy_thread_of(const Group& group, int peer, int num_threads) {
-  return (group.node() + group.node_of(peer)) % num_threads;
+// Which thread serves the connection of two nodes, the same whichever of them asks. As in a
+// tournament in which everybody meets everybody, a node meets another one in each round (with an
+// odd number of nodes it sits one out), and threads take the rounds in turn.
+inline int proxy_thread_of(int node, int peer_node, int num_nodes, int num_threads) {
+  const int rounds = num_nodes - 1 + num_nodes % 2;
+  const int low = std::min(node, peer_node), high = std::max(node, peer_node);
+  return (high == rounds ? 2 * low : low + high) % rounds % num_threads;
 }
 
 class Proxy {
@@ -55,7 +59,10 @@ class Proxy {
   void set_channels(ChannelTable table);
   void set_cpus(const std::vector<int>& cpus);
   const ChannelTable& channels() const { return *table_; }
-  int thread_of(int peer) const { return proxy_thread_of(mesh_.group(), peer, num_threads()); }
+  int thread_of(int peer) const {
+    const Group& group = mesh_.group();
+    return proxy_thread_of(group.node(), group.node_of(peer), group.num_nodes(), num_threads());
+  }
   // [channel]
   const std::vector<uint8_t>& thread_of_channel() const { return thread_of_channel_; }
   void start();

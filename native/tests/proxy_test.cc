@@ -2,6 +2,7 @@
 #define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <future>
 #include <map>
 #include <random>
@@ -54,6 +55,23 @@ bool is_channel_signal(const ProxyEnd& end, const Event& event, uint32_t channel
 }
 
 }  // namespace
+
+TEST_CASE("threads share the other nodes evenly, and both ends of a connection agree") {
+  for (int num_nodes = 2; num_nodes <= 33; ++num_nodes)
+    for (int num_threads = 1; num_threads <= 8; ++num_threads)
+      for (int node = 0; node < num_nodes; ++node) {
+        std::vector<int> served(size_t(num_threads), 0);
+        for (int peer = 0; peer < num_nodes; ++peer) {
+          if (peer == node) continue;
+          const int thread = proxy_thread_of(node, peer, num_nodes, num_threads);
+          REQUIRE(thread == proxy_thread_of(peer, node, num_nodes, num_threads));
+          ++served[size_t(thread)];
+        }
+        const auto [least, most] = std::minmax_element(served.begin(), served.end());
+        // Of an odd number each node sits one round out, which may be one of the rarer threads'.
+        CHECK(*most - *least <= 1 + num_nodes % 2);
+      }
+}
 
 TEST_CASE("one put per command, counters after the data, totals add up") {
   ProxyEnd end(0, {0, 1, 1, 2}, kRingBytes);

@@ -33,6 +33,7 @@ UNITS = (
     "latency_combine",
     "gate",
     "quant",
+    "e5m6",
     "swiglu",
     "push_limit",
 )

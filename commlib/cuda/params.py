@@ -9,12 +9,14 @@ import ctypes
 from ctypes import c_int32, c_int64, c_uint32, c_uint64, sizeof
 
 from commlib.cuda.quant_params import (
+    CastE5m6Call,
     CastRowsCall,
     CastWeightCall,
     RetileCall,
     SwigluAgainCall,
     SwigluBackwardCall,
     SwigluCall,
+    UncastE5m6Call,
 )
 
 __all__ = [
@@ -366,6 +368,7 @@ _MIRRORS_OF = {
     "latency_combine": (LatencyRegions, LatencyCombineCall),
     "push_limit": (PushLimitCall,),
     "gate": (GateCall,),
+    "e5m6": (CastE5m6Call, UncastE5m6Call),
     "quant": (CastRowsCall, CastWeightCall, RetileCall),
     "swiglu": (SwigluCall, SwigluAgainCall, SwigluBackwardCall),
 }

@@ -15,6 +15,7 @@ from torch import Tensor
 from commlib.cuda.compile import compile_unit, default_cache
 from commlib.cuda.driver import Kernel, KernelArguments, bind_context, load_kernels
 from commlib.cuda.quant_params import (
+    CastE5m6Call,
     CastRowsCall,
     CastWeightCall,
     Fp8Pointers,
@@ -22,6 +23,7 @@ from commlib.cuda.quant_params import (
     SwigluAgainCall,
     SwigluBackwardCall,
     SwigluCall,
+    UncastE5m6Call,
 )
 from commlib.errors import ConfigError
 from commlib.layout import SCALE_BLOCK
@@ -30,6 +32,8 @@ from commlib.quant.swiglu import SwiGLUGrads, SwiGLURows
 
 __all__ = [
     "cast_rows",
+    "dequantize_e5m6",
+    "quantize_e5m6",
     "quantize_weight",
     "retile_columns",
     "swiglu_again",
@@ -39,7 +43,6 @@ __all__ = [
 
 _CAST_FP32, _CAST_POW2 = 1, 2  # Cast in native/cuda/params.cuh
 _ROW_THREADS, _TILE_THREADS = 512, 256
-_ROW_KERNELS = ("cast_rows", "swiglu_cast", "swiglu_again", "swiglu_backward")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -163,9 +166,39 @@ def retile_columns(
     return out, out_scales
 
 
+def quantize_e5m6(x: Tensor, *, num_sms: int | None = None) -> tuple[Tensor, Tensor]:
+    """`commlib.quant.quantize_e5m6`; a NaN loses its sign."""
+    x = _checked(x, "x")
+    num_rows, hidden = x.shape
+    packed = torch.empty(num_rows, hidden // 2 * 3, dtype=torch.uint8, device=x.device)
+    scales = torch.empty(num_rows, hidden // SCALE_BLOCK, dtype=torch.float32, device=x.device)
+    pointers = (x.data_ptr(), packed.data_ptr(), scales.data_ptr())
+    _launch_rows("cast_e5m6", CastE5m6Call(*pointers, num_rows, hidden, _DTYPES[x.dtype]), x, num_sms)
+    return packed, scales
+
+
+def dequantize_e5m6(packed: Tensor, scales: Tensor, dtype: torch.dtype, *, num_sms: int | None = None) -> Tensor:
+    """`commlib.quant.dequantize_e5m6`, to BF16 or FP32."""
+    num_rows, blocks = scales.shape
+    hidden = blocks * SCALE_BLOCK
+    if tuple(packed.shape) != (num_rows, hidden // 2 * 3) or dtype not in _DTYPES:
+        raise ConfigError(
+            f"packed has shape {list(packed.shape)}, the rule: [{num_rows}, {hidden // 2 * 3}]; to {dtype}"
+        )
+    packed, scales = _aligned(packed), scales.contiguous()
+    x = torch.empty(num_rows, hidden, dtype=dtype, device=packed.device)
+    pointers = (packed.data_ptr(), scales.data_ptr(), x.data_ptr())
+    _launch_rows("uncast_e5m6", UncastE5m6Call(*pointers, num_rows, hidden, _DTYPES[dtype]), x, num_sms)
+    return x
+
+
 @cache
 def _load(device_index: int) -> dict[str, Kernel]:
-    names = {"quant": ("cast_rows", "cast_weight", "retile_columns"), "swiglu": _ROW_KERNELS[1:]}
+    names = {
+        "quant": ("cast_rows", "cast_weight", "retile_columns"),
+        "e5m6": ("cast_e5m6", "uncast_e5m6"),
+        "swiglu": ("swiglu_cast", "swiglu_again", "swiglu_backward"),
+    }
     with torch.cuda.device(device_index):
         torch.cuda.current_stream().synchronize()  # makes the context
         kernels: dict[str, Kernel] = {}

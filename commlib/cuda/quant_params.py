@@ -1,4 +1,4 @@
-"""Arguments of native/cuda/quant.cu and swiglu.cu, in their memory layout; `params.layout_checks` compares them."""
+"""Arguments of native/cuda/quant.cu, swiglu.cu and e5m6.cu, in their memory layout; `params.layout_checks` compares them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from ctypes import c_uint32
 from typing import Any
 
 __all__ = [
+    "CastE5m6Call",
     "CastRowsCall",
     "CastWeightCall",
     "Fp8Pointers",
@@ -14,6 +15,7 @@ __all__ = [
     "SwigluAgainCall",
     "SwigluBackwardCall",
     "SwigluCall",
+    "UncastE5m6Call",
 ]
 
 _POINTER = ctypes.c_void_p
@@ -43,6 +45,20 @@ class CastWeightCall(ctypes.Structure):
 
 class RetileCall(ctypes.Structure):
     _fields_ = [("x", Fp8Pointers), ("out", Fp8Pointers), *_words("num_rows", "hidden", "cast", "is_turned")]
+
+
+class CastE5m6Call(ctypes.Structure):
+    _fields_ = [
+        *((name, _POINTER) for name in ("x", "packed", "scales")),
+        *_words("num_rows", "hidden", "dtype", "reserved"),
+    ]
+
+
+class UncastE5m6Call(ctypes.Structure):
+    _fields_ = [
+        *((name, _POINTER) for name in ("packed", "scales", "x")),
+        *_words("num_rows", "hidden", "dtype", "reserved"),
+    ]
 
 
 class SwigluCall(ctypes.Structure):

@@ -43,14 +43,19 @@ __device__ inline uint32_t largest_bits(const float (&values)[8]) {
   return top;
 }
 
-// All 16 lanes of a tile call it; those of a tile that is not there (`is_here`) store nothing.
-__device__ inline void store_tile(const Fp8Out& out, uint64_t at, uint64_t tile,
-                                  const float (&values)[8], uint32_t cast, bool is_here) {
+// All 16 lanes of a tile call it.
+__device__ inline uint32_t largest_of_tile(const float (&values)[8]) {
   uint32_t top = largest_bits(values);
 #pragma unroll
   for (uint32_t delta = kLanesPerTile / 2; delta > 0; delta /= 2)
     top = max(top, __shfl_xor_sync(kAllLanes, top, delta));
-  const float scale = scale_of(top, cast);
+  return top;
+}
+
+// All 16 lanes of a tile call it; those of a tile that is not there (`is_here`) store nothing.
+__device__ inline void store_tile(const Fp8Out& out, uint64_t at, uint64_t tile,
+                                  const float (&values)[8], uint32_t cast, bool is_here) {
+  const float scale = scale_of(largest_of_tile(values), cast);
   if (!is_here) return;
   *reinterpret_cast<uint2*>(out.q + at) = to_e4m3x8(values, scale);
   if (threadIdx.x % kLanesPerTile == 0) out.scales[tile] = scale;

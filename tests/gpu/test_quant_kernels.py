@@ -83,6 +83,30 @@ def test_swiglu(dtype: torch.dtype) -> None:
             close_sums(back.row_weights, expected.row_weights, grad.double() * inputs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_e5m6(dtype: torch.dtype) -> None:
+    for rows, columns in ((0, 128), (1, 128), (40, 384), (4099, 7168)):
+        x = make(rows, columns, dtype, rows)
+        ours, theirs = kernels().quantize_e5m6(x.cuda()), quant.quantize_e5m6(x)
+        same(ours[0], theirs[0], f"{rows} x {columns}: packed")
+        same(ours[1], theirs[1], f"{rows} x {columns}: scales")
+        same(
+            kernels().dequantize_e5m6(*ours, dtype), quant.dequantize_e5m6(*theirs, dtype), f"{rows} x {columns}: back"
+        )
+    codes = torch.arange(4096).reshape(-1, 2)  # every number there is
+    low, high = codes.unbind(1)
+    packed = torch.stack((low & 0xFF, low >> 8 | (high & 0xF) << 4, high >> 4), dim=1).to(torch.uint8).reshape(32, 192)
+    scales = torch.ones(32, 1)
+    same(
+        kernels().dequantize_e5m6(packed.cuda(), scales.cuda(), dtype),
+        quant.dequantize_e5m6(packed, scales, dtype),
+        "every number",
+    )
+    odd = make(40, 384, dtype, 2, is_odd=True)
+    back = kernels().dequantize_e5m6(*kernels().quantize_e5m6(odd.cuda()), dtype)
+    same(back, quant.dequantize_e5m6(*quant.quantize_e5m6(odd), dtype), "odd numbers")
+
+
 def test_experts_choose_the_kernels_and_compute_the_same() -> None:
     from commlib.experts import SwiGLUWeights, fp8_swiglu
 

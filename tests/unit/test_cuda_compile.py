@@ -27,6 +27,7 @@ KERNELS = {
     "latency_combine": {"latency_combine"},
     "gate": {"gate_8", "gate_16", "gate_32"},
     "quant": {"cast_rows", "cast_weight", "retile_columns"},
+    "e5m6": {"cast_e5m6", "uncast_e5m6"},
     "swiglu": {"swiglu_cast", "swiglu_again", "swiglu_backward"},
     "push_limit": {"push_limit"},
 }

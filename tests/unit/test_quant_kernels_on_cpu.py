@@ -97,3 +97,22 @@ def test_swiglu(dtype: torch.dtype) -> None:
         close_rows(back.up, expected.up, "gradient of up")
         inputs = theirs.gate.dequantize().double() * theirs.up.dequantize().double()
         close_sums(back.row_weights, expected.row_weights, grad.double() * inputs)
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_e5m6(dtype: torch.dtype) -> None:
+    for rows, columns in ((0, 128), (1, 128), (40, 384)):
+        x = make(rows, columns, dtype, rows)
+        ours, theirs = fused.quantize_e5m6(x), quant.quantize_e5m6(x)
+        same(ours[0], theirs[0], f"{rows} x {columns}: packed")
+        same(ours[1], theirs[1], f"{rows} x {columns}: scales")
+        same(fused.dequantize_e5m6(*ours, dtype), quant.dequantize_e5m6(*theirs, dtype), f"{rows} x {columns}: back")
+    codes = torch.arange(4096).reshape(-1, 2)  # every number there is
+    low, high = codes.unbind(1)
+    packed = torch.stack((low & 0xFF, low >> 8 | (high & 0xF) << 4, high >> 4), dim=1).to(torch.uint8).reshape(32, 192)
+    scales = torch.ones(32, 1)
+    same(fused.dequantize_e5m6(packed, scales, dtype), quant.dequantize_e5m6(packed, scales, dtype), "every number")
+    odd = make(40, 384, dtype, 2, is_odd=True)
+    back = fused.dequantize_e5m6(*fused.quantize_e5m6(odd), dtype)
+    same(back, quant.dequantize_e5m6(*quant.quantize_e5m6(odd), dtype), "odd numbers")

@@ -1,4 +1,4 @@
-"""Arguments of native/cuda/quant.cu, swiglu.cu and e5m6.cu, in their memory layout; `params.layout_checks` compares them."""
+"""Arguments of the kernels of casts, in their memory layout; `params.layout_checks` compares them."""
 
 from __future__ import annotations
 

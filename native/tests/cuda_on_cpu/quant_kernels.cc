@@ -1,5 +1,5 @@
-// The kernels of native/cuda/quant.cu, swiglu.cu and e5m6.cu as functions of a shared library. Built and
-// called by tests/unit/test_quant_kernels_on_cpu.py.
+// The kernels of native/cuda/quant.cu, swiglu.cu and e5m6.cu as functions of a shared library.
+// Built and called by tests/unit/test_quant_kernels_on_cpu.py.
 // clang-format off: the emulation comes first
 #include "tests/cuda_on_cpu/cuda_on_cpu.hpp"
 #include "cuda/e5m6.cu"

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from commlib.errors import ConfigError
 from commlib.experts.casts import casts_for
-from commlib.experts.grouped_gemm import grouped_mm, grouped_weight_grad, quantize_experts
+from commlib.experts.grouped_gemm import Fp8Weight, grouped_mm, grouped_weight_grad, quantize_experts
+from commlib.experts.weight_casts import WeightCasts
 from commlib.layout import SCALE_BLOCK
 from commlib.overlap.anchor import ANCHOR
 from commlib.overlap.weight_grads import WeightGradStore, store_for
 from commlib.quant import Fp8Rows
 
-__all__ = ["SwiGLUWeights", "fp8_swiglu"]
+__all__ = ["SwiGLUWeights", "fp8_swiglu", "swiglu_linked"]
 
 
 class SwiGLUWeights(NamedTuple):
@@ -32,7 +33,9 @@ class SwiGLUWeights(NamedTuple):
     down: Tensor
 
 
-def fp8_swiglu(x: Tensor, row_weights: Tensor, weights: SwiGLUWeights, ends: Tensor) -> Tensor:
+def fp8_swiglu(
+    x: Tensor, row_weights: Tensor, weights: SwiGLUWeights, ends: Tensor, casts: WeightCasts | None = None
+) -> Tensor:
     """`y[r] = down_e(w[r] * silu(gate_e(x[r])) * up_e(x[r]))` for the rows r of each expert e.
 
     Differentiable in `x`, `row_weights` and all weights. Kept for the backward pass: `x` as it is, gate's and up's
@@ -45,6 +48,7 @@ def fp8_swiglu(x: Tensor, row_weights: Tensor, weights: SwiGLUWeights, ends: Ten
         row_weights: FP32 [T].
         weights: H and W are multiples of 128. They are cast in 128x128 tiles when they are used.
         ends: int32 [E], where each expert's rows stop.
+        casts: keeps the casts from call to call; None: weights are cast in every forward and every backward pass.
 
     Returns:
         [T, H] in the dtype of `x`.
@@ -54,9 +58,21 @@ def fp8_swiglu(x: Tensor, row_weights: Tensor, weights: SwiGLUWeights, ends: Ten
     """
     if len(x) % SCALE_BLOCK:
         raise ConfigError(f"num_rows={len(x)} is no multiple of {SCALE_BLOCK}")
+    if casts is not None and torch.compiler.is_compiling():
+        from commlib.experts.graph_breaks import swiglu_eagerly
+
+        done: Tensor = swiglu_eagerly(x, row_weights, weights, ends, casts)
+        return done
+    return swiglu_linked(x, row_weights, weights, ends, casts)
+
+
+def swiglu_linked(
+    x: Tensor, row_weights: Tensor, weights: SwiGLUWeights, ends: Tensor, casts: WeightCasts | None
+) -> Tensor:
+    """`fp8_swiglu` on good arguments, in the graph of autograd."""
     store = store_for(*weights)
     given = (*weights, None) if store is None else (None, None, None, weights)
-    y: Tensor = _Experts.apply(ANCHOR, x, row_weights, *given, ends, store)  # type: ignore[no-untyped-call]
+    y: Tensor = _Experts.apply(ANCHOR, x, row_weights, *given, ends, store, casts)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -75,31 +91,32 @@ class _Experts(torch.autograd.Function):
         later: SwiGLUWeights | None,
         ends: Tensor,
         store: WeightGradStore | None,
+        casts: WeightCasts | None,
     ) -> Tensor:
         weights = later or SwiGLUWeights(gate, up, down)
-        rows = _as_rows(x)
-        gate_out = grouped_mm(rows, quantize_experts(weights.gate), ends)
-        up_out = grouped_mm(rows, quantize_experts(weights.up), ends)
+        rows, cast = _as_rows(x), _cast if casts is None else casts.get
+        gate_out = grouped_mm(rows, cast("gate", weights.gate), ends)
+        up_out = grouped_mm(rows, cast("up", weights.up), ends)
         inner, gate_kept, up_kept = casts_for(x).swiglu_cast(gate_out, up_out, row_weights)
         ctx.save_for_backward(
             *(rows.fp8, rows.scales, row_weights, ends),
             *(gate_kept.fp8, gate_kept.scales, up_kept.fp8, up_kept.scales),
             *weights,
         )
-        ctx.dtype, ctx.store, ctx.later = x.dtype, store, later
-        return grouped_mm(inner, quantize_experts(weights.down), ends)
+        ctx.dtype, ctx.store, ctx.later, ctx.casts = x.dtype, store, later, casts
+        return grouped_mm(inner, cast("down", weights.down), ends)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, x_scales, row_weights, ends, gate_q, gate_s, up_q, up_s, *saved = ctx.saved_tensors
-        dtype, weights = ctx.dtype, SwiGLUWeights(*saved)
+        dtype, weights, cast = ctx.dtype, SwiGLUWeights(*saved), _cast if ctx.casts is None else ctx.casts.get
         rows, grad_y = Fp8Rows(x, x_scales, dtype), _as_rows(grad)
         gate_kept, up_kept = Fp8Rows(gate_q, gate_s, dtype), Fp8Rows(up_q, up_s, dtype)
 
-        grad_inner = grouped_mm(grad_y, quantize_experts(weights.down.mT), ends)
+        grad_inner = grouped_mm(grad_y, cast("down", weights.down, turned=True), ends)
         grad_gate, grad_up, grad_row_weights = casts_for(x).swiglu_backward(grad_inner, gate_kept, up_kept, row_weights)
-        grad_x = grouped_mm(grad_gate, quantize_experts(weights.gate.mT), ends)
-        grad_x += grouped_mm(grad_up, quantize_experts(weights.up.mT), ends)
+        grad_x = grouped_mm(grad_gate, cast("gate", weights.gate, turned=True), ends)
+        grad_x += grouped_mm(grad_up, cast("up", weights.up, turned=True), ends)
 
         work = (
             partial(grouped_weight_grad, grad_gate, rows, ends, weights.gate.dtype),
@@ -109,11 +126,16 @@ class _Experts(torch.autograd.Function):
         if ctx.later is None:
             is_wanted = ctx.needs_input_grad[3:6]
             weight_grads = [compute() if each else None for compute, each in zip(work, is_wanted, strict=True)]
-            return None, grad_x, grad_row_weights, *weight_grads, None, None, None
+            return None, grad_x, grad_row_weights, *weight_grads, None, None, None, None
         for weight, compute in zip(ctx.later, work, strict=True):
             if weight.requires_grad:
                 ctx.store.put(weight, compute)
-        return None, grad_x, grad_row_weights, *[None] * 6
+        return None, grad_x, grad_row_weights, *[None] * 7
+
+
+def _cast(_: str, weight: Tensor, *, turned: bool = False) -> Fp8Weight:
+    """Like `WeightCasts.get`, and keeps nothing."""
+    return quantize_experts(weight.mT if turned else weight)
 
 
 def _down_grad(

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from commlib.errors import ConfigError
-from commlib.experts import SwiGLUWeights, fp8_swiglu
+from commlib.experts import SwiGLUWeights, WeightCasts, fp8_swiglu, weight_casts
+from commlib.experts.grouped_gemm import Fp8Weight, quantize_experts
 from commlib.overlap import WeightGradStore
 from commlib.quant import Fp8Rows, dequantize, dequantize_columns, quantize_e4m3, quantize_weight, retile_columns
 from commlib.quant.tiles import dequantize_weight
@@ -172,18 +173,48 @@ def test_weight_gradients_may_wait(frozen: str | None) -> None:
             assert ours.grad is not None and theirs.grad is not None and torch.equal(ours.grad, theirs.grad), name
 
 
-def test_compiles() -> None:
+@pytest.mark.parametrize("casts", [None, WeightCasts()])
+def test_compiles(casts: WeightCasts | None) -> None:
     results = []
     for is_compiled in (False, True):
         weights, row_weights = make_weights(), torch.ones(sum(COUNTS), requires_grad=True)
 
         def layer(x: Tensor, row_weights: Tensor, *weights: Tensor) -> Tensor:
-            return F.silu(fp8_swiglu(x, row_weights, SwiGLUWeights(*weights), ends()))
+            return F.silu(fp8_swiglu(x, row_weights, SwiGLUWeights(*weights), ends(), casts))
 
         call = torch.compile(layer, backend="aot_eager") if is_compiled else layer
         y = call(make_rows(torch.bfloat16), row_weights, *weights)
         y.float().sum().backward()
         results.append([y, row_weights.grad, *(each.grad for each in weights)])
+    for ours, theirs in zip(*results, strict=True):
+        assert ours is not None and theirs is not None and torch.equal(ours, theirs)
+
+
+def test_casts_are_kept_until_weights_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Tensor] = []
+
+    def counted(weight: Tensor) -> Fp8Weight:
+        made.append(weight)
+        return quantize_experts(weight)
+
+    monkeypatch.setattr(weight_casts, "quantize_experts", counted)
+    casts, results = WeightCasts(), []
+    for kept in (None, casts):
+        weights, row_weights, found = make_weights(), torch.ones(sum(COUNTS)), []
+        for change, most in (("nothing", 6), ("gate", 2), ("up", 6)):
+            with torch.no_grad():
+                if change == "gate":
+                    weights.gate.mul_(2)  # torch sees this
+                if change == "up":
+                    weights.up.data.mul_(2)  # and not this
+                    casts.clear()
+            made.clear()
+            for _ in range(2):  # micro-batches
+                y = fp8_swiglu(make_rows(torch.bfloat16), row_weights, weights, ends(), kept)
+                y.float().square().sum().backward()
+                found.append(y.detach())
+            assert len(made) == (0 if kept is None else most), change
+        results.append([*found, *(each.grad for each in weights)])
     for ours, theirs in zip(*results, strict=True):
         assert ours is not None and theirs is not None and torch.equal(ours, theirs)
 

@@ -89,7 +89,7 @@ def test_unknown_unit() -> None:
         ConfigError,
         match=re.escape(
             "unit='nothing' is not one of exchange|dispatch|combine|tier_dispatch|tier_combine|"
-            "latency_dispatch|latency_combine|gate|quant|swiglu|push_limit"
+            "latency_dispatch|latency_combine|gate|quant|e5m6|swiglu|push_limit"
         ),
     ):
         compile_unit("nothing")

@@ -50,7 +50,7 @@ def main() -> None:
 def measure(runtime: commlib.Runtime, arguments: argparse.Namespace, *, is_fp8: bool) -> tuple[int, int]:
     """Bytes that the MoE part of all layers keeps after the forward pass; peak of both passes, 0 on CPUs.
 
-    On GPUs of the second time: gradients of weights, and casts of weights, are there by then.
+    On GPUs of the second time: the gradients of weights are there by then.
     """
     gate = routing.GateConfig(num_experts=arguments.experts, num_topk=arguments.topk, score_function="sigmoid")
     torch.manual_seed(0)

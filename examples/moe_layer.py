@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import commlib
 from commlib import overlap, routing
-from commlib.experts import SwiGLUWeights, WeightCasts, fp8_swiglu
+from commlib.experts import SwiGLUWeights, fp8_swiglu
 from commlib.handle import Dispatched
 
 
@@ -65,7 +65,7 @@ class RoutedExperts(nn.Module):
         super().__init__()
         self.first_expert = first_expert
         self.alignment = alignment
-        self.casts = WeightCasts() if is_fp8 else None
+        self.is_fp8 = is_fp8
         self.gate = nn.Parameter(torch.randn(num_local, width, hidden) * hidden**-0.5)
         self.up = nn.Parameter(torch.randn(num_local, width, hidden) * hidden**-0.5)
         self.down = nn.Parameter(torch.randn(num_local, hidden, width) * width**-0.5)
@@ -78,8 +78,8 @@ class RoutedExperts(nn.Module):
         """
         padded = [-(-count // self.alignment) * self.alignment for count in num_tokens_per_expert]
         ends = torch.tensor(padded, device=x.device).cumsum(0, dtype=torch.int32)
-        if self.casts is not None:
-            return fp8_swiglu(x, row_weights, SwiGLUWeights(self.gate, self.up, self.down), ends, self.casts)
+        if self.is_fp8:
+            return fp8_swiglu(x, row_weights, SwiGLUWeights(self.gate, self.up, self.down), ends)
         hidden = F.silu(overlap.grouped_linear(x, self.gate, ends)) * overlap.grouped_linear(x, self.up, ends)
         return overlap.grouped_linear(hidden * row_weights[:, None].to(x.dtype), self.down, ends)
 

@@ -16,7 +16,9 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from commlib.cuda.driver import bind_context
 from commlib.cuda.fp8_gemm_kernels import rows_kernel, weights_kernel
+from commlib.cuda.quant import aligned
 from commlib.errors import ConfigError
 from commlib.layout import SCALE_BLOCK
 
@@ -44,13 +46,16 @@ def grouped_mm(x: Tensor, x_scales: Tensor, w: Tensor, w_scales: Tensor, ends: T
     """
     (num_rows, depth), (num_experts, width, w_depth) = x.shape, w.shape
     _check(num_rows, depth, width)
+    _check_kinds((x, w), (x_scales, w_scales), ends)
     shapes = [list(each.shape) for each in (x_scales, w_scales, ends)]
     blocks = depth // SCALE_BLOCK
     expected = [[num_rows, blocks], [num_experts, width // SCALE_BLOCK, blocks], [num_experts]]
     if depth != w_depth or shapes != expected:
         raise ConfigError(f"x {list(x.shape)} and w {list(w.shape)} come with scales and ends {shapes}")
     out = torch.empty(num_rows, width, dtype=dtype, device=x.device)
-    if out.numel() and num_experts and depth:
+    if depth == 0:
+        out.zero_()
+    elif out.numel() and num_experts:
         columns = width // SCALE_BLOCK
         _launch(
             rows_kernel,
@@ -82,6 +87,7 @@ def grouped_weight_grad(
     """
     (width, num_rows), (depth, x_rows) = grad.shape, x.shape
     _check(num_rows, depth, width)
+    _check_kinds((grad, x), (grad_scales, x_scales), ends)
     shapes, blocks = [list(each.shape) for each in (grad_scales, x_scales)], num_rows // SCALE_BLOCK
     if num_rows != x_rows or shapes != [[blocks, width], [blocks, depth]] or ends.ndim != 1:
         raise ConfigError(f"grad {list(grad.shape)} and x {list(x.shape)} come with scales {shapes}")
@@ -106,10 +112,20 @@ def _check(*sizes: int) -> None:
         raise ConfigError(f"rows, depth and width are {sizes}, the rule: multiples of {SCALE_BLOCK}")
 
 
+def _check_kinds(operands: tuple[Tensor, ...], scales: tuple[Tensor, ...], ends: Tensor) -> None:
+    kinds = ((operands, torch.float8_e4m3fn), (scales, torch.float32), ((ends,), torch.int32))
+    for tensors, dtype in kinds:
+        for each in tensors:
+            if each.dtype != dtype or each.device != operands[0].device:
+                raise ConfigError(f"{each.dtype} on {each.device}, the rule: {dtype} on {operands[0].device}")
+
+
 def _tiles(matrix: Tensor) -> Any:
-    return TensorDescriptor.from_tensor(matrix.contiguous(), [SCALE_BLOCK, SCALE_BLOCK])
+    return TensorDescriptor.from_tensor(aligned(matrix), [SCALE_BLOCK, SCALE_BLOCK])
 
 
 def _launch(kernel: Any, programs: int, tensors: tuple[Any, ...], sizes: tuple[int, ...]) -> None:
-    with torch.cuda.device(tensors[-1].device):
+    index = tensors[-1].get_device()
+    with torch.cuda.device(index):
+        bind_context(index)
         kernel[(programs,)](*tensors, *sizes, num_warps=8, num_stages=4)

@@ -31,6 +31,7 @@ from commlib.quant import Fp8Rows
 from commlib.quant.swiglu import SwiGLUGrads, SwiGLURows
 
 __all__ = [
+    "aligned",
     "cast_rows",
     "dequantize_e5m6",
     "quantize_e5m6",
@@ -128,7 +129,7 @@ def quantize_weight(w: Tensor, *, pow2: bool = False, num_sms: int | None = None
     q = torch.empty(w.shape, dtype=torch.float8_e4m3fn, device=w.device)
     scales = torch.empty((*experts, *tiles), dtype=torch.float32, device=w.device)
     is_turned = not (w.is_contiguous() or rows % SCALE_BLOCK or columns % SCALE_BLOCK) and w.mT.is_contiguous()
-    w = _aligned(w.mT if is_turned else w)
+    w = aligned(w.mT if is_turned else w)
     call = CastWeightCall(
         w=w.data_ptr(),
         out=Fp8Pointers(q.data_ptr(), scales.data_ptr()),
@@ -181,11 +182,12 @@ def dequantize_e5m6(packed: Tensor, scales: Tensor, dtype: torch.dtype, *, num_s
     """`commlib.quant.dequantize_e5m6`, to BF16 or FP32."""
     num_rows, blocks = scales.shape
     hidden = blocks * SCALE_BLOCK
-    if tuple(packed.shape) != (num_rows, hidden // 2 * 3) or dtype not in _DTYPES:
-        raise ConfigError(
-            f"packed has shape {list(packed.shape)}, the rule: [{num_rows}, {hidden // 2 * 3}]; to {dtype}"
-        )
-    packed, scales = _aligned(packed), scales.contiguous()
+    kinds = (packed.dtype, scales.dtype, packed.device)
+    if kinds != (torch.uint8, torch.float32, scales.device) or dtype not in _DTYPES:
+        raise ConfigError(f"{packed.dtype} and {scales.dtype} to {dtype}, the rule: uint8 and float32 of one device")
+    if tuple(packed.shape) != (num_rows, hidden // 2 * 3):
+        raise ConfigError(f"packed has shape {list(packed.shape)}, the rule: [{num_rows}, {hidden // 2 * 3}]")
+    packed, scales = aligned(packed), scales.contiguous()
     x = torch.empty(num_rows, hidden, dtype=dtype, device=packed.device)
     pointers = (packed.data_ptr(), scales.data_ptr(), x.data_ptr())
     _launch_rows("uncast_e5m6", UncastE5m6Call(*pointers, num_rows, hidden, _DTYPES[dtype]), x, num_sms)
@@ -242,10 +244,11 @@ def _checked(x: Tensor, name: str, like: Tensor | None = None) -> Tensor:
         raise ConfigError(f"{name} is {x.dtype} {list(x.shape)}, the rule: bfloat16 or float32 [rows, columns / 128]")
     if like is not None and (x.shape != like.shape or x.dtype != like.dtype or x.device != like.device):
         raise ConfigError(f"{name} is {x.dtype} {list(x.shape)} on {x.device}, the rule: like the other rows")
-    return _aligned(x.detach())
+    return aligned(x.detach())
 
 
-def _aligned(x: Tensor) -> Tensor:
+def aligned(x: Tensor) -> Tensor:
+    """`x` as contiguous memory at a multiple of 16 bytes, as wide loads and bulk copies want it; a copy if need be."""
     x = x.contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from commlib.errors import ConfigError
 from commlib.experts.casts import casts_for
-from commlib.experts.grouped_gemm import Fp8Weight, grouped_mm, grouped_weight_grad, quantize_experts
-from commlib.experts.weight_casts import WeightCasts
+from commlib.experts.grouped_gemm import grouped_mm, grouped_weight_grad
+from commlib.experts.weight_casts import cast_weight, is_keeping
 from commlib.layout import SCALE_BLOCK
 from commlib.overlap.anchor import ANCHOR
 from commlib.overlap.weight_grads import WeightGradStore, store_for
@@ -33,9 +33,7 @@ class SwiGLUWeights(NamedTuple):
     down: Tensor
 
 
-def fp8_swiglu(
-    x: Tensor, row_weights: Tensor, weights: SwiGLUWeights, ends: Tensor, casts: WeightCasts | None = None
-) -> Tensor:
+def fp8_swiglu(x: Tensor, row_weights: Tensor, weights: SwiGLUWeights, ends: Tensor) -> Tensor:
     """`y[r] = down_e(w[r] * silu(gate_e(x[r])) * up_e(x[r]))` for the rows r of each expert e.
 
     Differentiable in `x`, `row_weights` and all weights. Kept for the backward pass: `x` as it is, gate's and up's
@@ -46,9 +44,9 @@ def fp8_swiglu(
         x: [T, H], `quant.Fp8Rows` (of `ops.dispatch` with `keep_fp8`); rows of another kind are cast. T and the rows of
             each expert are multiples of 128: `expert_alignment=128`.
         row_weights: FP32 [T].
-        weights: H and W are multiples of 128. They are cast in 128x128 tiles when they are used.
+        weights: H and W are multiples of 128. They are cast in 128x128 tiles in every forward and backward pass, or
+            once in `keep_weight_casts`.
         ends: int32 [E], where each expert's rows stop.
-        casts: keeps the casts from call to call; None: weights are cast in every forward and every backward pass.
 
     Returns:
         [T, H] in the dtype of `x`.
@@ -58,21 +56,19 @@ def fp8_swiglu(
     """
     if len(x) % SCALE_BLOCK:
         raise ConfigError(f"num_rows={len(x)} is no multiple of {SCALE_BLOCK}")
-    if casts is not None and torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and is_keeping():
         from commlib.experts.graph_breaks import swiglu_eagerly
 
-        done: Tensor = swiglu_eagerly(x, row_weights, weights, ends, casts)
+        done: Tensor = swiglu_eagerly(x, row_weights, weights, ends)
         return done
-    return swiglu_linked(x, row_weights, weights, ends, casts)
+    return swiglu_linked(x, row_weights, weights, ends)
 
 
-def swiglu_linked(
-    x: Tensor, row_weights: Tensor, weights: SwiGLUWeights, ends: Tensor, casts: WeightCasts | None
-) -> Tensor:
+def swiglu_linked(x: Tensor, row_weights: Tensor, weights: SwiGLUWeights, ends: Tensor) -> Tensor:
     """`fp8_swiglu` on good arguments, in the graph of autograd."""
     store = store_for(*weights)
     given = (*weights, None) if store is None else (None, None, None, weights)
-    y: Tensor = _Experts.apply(ANCHOR, x, row_weights, *given, ends, store, casts)  # type: ignore[no-untyped-call]
+    y: Tensor = _Experts.apply(ANCHOR, x, row_weights, *given, ends, store)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -91,32 +87,33 @@ class _Experts(torch.autograd.Function):
         later: SwiGLUWeights | None,
         ends: Tensor,
         store: WeightGradStore | None,
-        casts: WeightCasts | None,
     ) -> Tensor:
         weights = later or SwiGLUWeights(gate, up, down)
-        rows, cast = _as_rows(x), _cast if casts is None else casts.get
-        gate_out = grouped_mm(rows, cast("gate", weights.gate), ends)
-        up_out = grouped_mm(rows, cast("up", weights.up), ends)
+        rows = _as_rows(x)
+        gate_out = grouped_mm(rows, cast_weight(weights.gate), ends)
+        up_out = grouped_mm(rows, cast_weight(weights.up), ends)
         inner, gate_kept, up_kept = casts_for(x).swiglu_cast(gate_out, up_out, row_weights)
         ctx.save_for_backward(
             *(rows.fp8, rows.scales, row_weights, ends),
             *(gate_kept.fp8, gate_kept.scales, up_kept.fp8, up_kept.scales),
             *weights,
         )
-        ctx.dtype, ctx.store, ctx.later, ctx.casts = x.dtype, store, later, casts
-        return grouped_mm(inner, cast("down", weights.down), ends)
+        ctx.dtype, ctx.store, ctx.later = x.dtype, store, later
+        # Kept casts are found by the weights themselves; checkpoints hand out others, which are the same memory.
+        ctx.weights = weights if is_keeping() else None
+        return grouped_mm(inner, cast_weight(weights.down), ends)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, x_scales, row_weights, ends, gate_q, gate_s, up_q, up_s, *saved = ctx.saved_tensors
-        dtype, weights, cast = ctx.dtype, SwiGLUWeights(*saved), _cast if ctx.casts is None else ctx.casts.get
+        dtype, weights = ctx.dtype, ctx.weights or SwiGLUWeights(*saved)
         rows, grad_y = Fp8Rows(x, x_scales, dtype), _as_rows(grad)
         gate_kept, up_kept = Fp8Rows(gate_q, gate_s, dtype), Fp8Rows(up_q, up_s, dtype)
 
-        grad_inner = grouped_mm(grad_y, cast("down", weights.down, turned=True), ends)
+        grad_inner = grouped_mm(grad_y, cast_weight(weights.down, turned=True), ends)
         grad_gate, grad_up, grad_row_weights = casts_for(x).swiglu_backward(grad_inner, gate_kept, up_kept, row_weights)
-        grad_x = grouped_mm(grad_gate, cast("gate", weights.gate, turned=True), ends)
-        grad_x += grouped_mm(grad_up, cast("up", weights.up, turned=True), ends)
+        grad_x = grouped_mm(grad_gate, cast_weight(weights.gate, turned=True), ends)
+        grad_x += grouped_mm(grad_up, cast_weight(weights.up, turned=True), ends)
 
         work = (
             partial(grouped_weight_grad, grad_gate, rows, ends, weights.gate.dtype),
@@ -126,16 +123,11 @@ class _Experts(torch.autograd.Function):
         if ctx.later is None:
             is_wanted = ctx.needs_input_grad[3:6]
             weight_grads = [compute() if each else None for compute, each in zip(work, is_wanted, strict=True)]
-            return None, grad_x, grad_row_weights, *weight_grads, None, None, None, None
+            return None, grad_x, grad_row_weights, *weight_grads, None, None, None
         for weight, compute in zip(ctx.later, work, strict=True):
             if weight.requires_grad:
                 ctx.store.put(weight, compute)
-        return None, grad_x, grad_row_weights, *[None] * 7
-
-
-def _cast(_: str, weight: Tensor, *, turned: bool = False) -> Fp8Weight:
-    """Like `WeightCasts.get`, and keeps nothing."""
-    return quantize_experts(weight.mT if turned else weight)
+        return None, grad_x, grad_row_weights, *[None] * 6
 
 
 def _down_grad(

@@ -1,4 +1,4 @@
-"""`fp8_swiglu` as a compiled function calls it with casts to keep: outside of every graph.
+"""`fp8_swiglu` as a compiled function calls it while casts are kept: outside of every graph.
 
 Imported only when something is being compiled, because ``torch.compiler`` takes more than a second to load.
 """

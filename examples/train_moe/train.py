@@ -15,6 +15,7 @@ from torch import Tensor
 
 import commlib
 from commlib import bootstrap, routing
+from commlib.experts import keep_weight_casts
 from commlib.testing.torch_exchange import TorchExchange
 from examples.train_moe.config import ModelConfig, ParallelConfig, TrainConfig
 from examples.train_moe.data import Batches
@@ -156,7 +157,7 @@ class Trainer:
             parameter.grad = None
         hold_gradients(self._sharded_units)
         scale = 1 / (count * self.num_ranks)
-        with self._traced("compute", "forward, backward"):
+        with self._traced("compute", "forward, backward"), keep_weight_casts():
             losses = add_gradients(self.model, batches, self.config, scale=scale, way=self.parallel.overlap)
         reduce_gradients(self._sharded_units)
         return losses

@@ -1,5 +1,6 @@
 // Dispatch in the latency regime: send (own rows, counts) and take_in (rows that came, to their
-// places). Send waits for nobody's rows.
+// places). Send waits for nobody's rows, only for room: until the peers have begun what follows the
+// operation before the last.
 #include "cuda/latency_send.cuh"
 #include "cuda/latency_take_in.cuh"
 

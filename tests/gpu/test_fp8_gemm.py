@@ -27,17 +27,20 @@ def gemm() -> Any:
 
 
 def operand(shape: tuple[int, ...], seed: int, *, is_exact: bool) -> Tensor:
-    """Whole numbers up to 3 times a power of two per row, whose sums over 128 fit in the 14 bits that the tensor cores
-    keep; or numbers of any kind."""
+    """Whole numbers up to 3, whose sums over 128 fit in the 14 bits that the tensor cores keep; or any numbers."""
     generator = torch.Generator().manual_seed(seed)
     if not is_exact:
         return torch.randn(shape, generator=generator)
     return torch.randint(-3, 4, shape, generator=generator).float()
 
 
-def spread(num_rows: int, seed: int) -> Tensor:
-    """Powers of two from 1/8 to 8, so that confused scales are seen."""
-    return 2.0 ** torch.randint(-3, 4, (num_rows, 1), generator=torch.Generator().manual_seed(seed))
+def powers(shape: tuple[int, ...], blocks: tuple[int, ...], seed: int) -> Tensor:
+    """1/2, 1 or 2 for each block of so many elements: scales differ, and sums of whole numbers fit in FP32."""
+    counts = [-(-size // block) for size, block in zip(shape, blocks, strict=True)]
+    found = 2.0 ** torch.randint(-1, 2, counts, generator=torch.Generator().manual_seed(seed))
+    for dim, block in enumerate(blocks):
+        found = found.repeat_interleave(block, dim)
+    return found
 
 
 def ends() -> Tensor:
@@ -50,7 +53,7 @@ def by_expert(x: Tensor) -> tuple[Tensor, ...]:
 
 def check(ours: Tensor, theirs: Tensor, is_exact: bool) -> None:
     """Exact sums are exact. Others: of each term 13 bits below the largest are kept, which for sums of random numbers
-    is far below 2^-8 of their size; a wrong scale would give half of it."""
+    is far below 2^-8 of their size; scales of other blocks would give a good part of it."""
     if is_exact:
         assert torch.equal(ours.double(), theirs)
     else:
@@ -61,8 +64,9 @@ def check(ours: Tensor, theirs: Tensor, is_exact: bool) -> None:
 @pytest.mark.parametrize(("width", "depth"), SHAPES)
 def test_rows(width: int, depth: int, is_exact: bool) -> None:
     num_rows = sum(COUNTS) + SPARE
-    x = quant.cast_rows((operand((num_rows, depth), 1, is_exact=is_exact) * spread(num_rows, 2)).cuda())
-    w = operand((len(COUNTS), width, depth), 3, is_exact=is_exact) * 2.0 ** torch.arange(len(COUNTS))[:, None, None]
+    x_shape, w_shape = (num_rows, depth), (len(COUNTS), width, depth)
+    x = quant.cast_rows((operand(x_shape, 1, is_exact=is_exact) * powers(x_shape, (1, 128), 2)).cuda())
+    w = operand(w_shape, 3, is_exact=is_exact) * powers(w_shape, (1, 128, 128), 4)
     values, scales = quant.quantize_weight(w.cuda(), pow2=True)
     y = gemm().grouped_mm(x.fp8, x.scales, values, scales, ends(), torch.float32)
     exact_w = quant.dequantize_weight(values, scales, torch.float32).double()
@@ -78,7 +82,9 @@ def test_weight_gradients(width: int, depth: int, is_exact: bool) -> None:
     num_rows = sum(COUNTS) + SPARE
     operands = []
     for seed, columns in ((1, width), (2, depth)):
-        rows = quant.cast_rows((operand((num_rows, columns), seed, is_exact=is_exact)).cuda())
+        shape = (num_rows, columns)
+        rows = operand(shape, seed, is_exact=is_exact) * powers(shape, (128, 1), seed + 2)
+        rows = quant.cast_rows(rows.cuda())
         operands.append(quant.retile_columns(rows.fp8, rows.scales, turned=True))
     grad, x = (quant.dequantize_columns(q.t(), scales, torch.float32).double() for q, scales in operands)
     found = gemm().grouped_weight_grad(*operands[0], *operands[1], ends(), torch.float32)

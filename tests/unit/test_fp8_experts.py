@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from commlib.errors import ConfigError
-from commlib.experts import SwiGLUWeights, WeightCasts, fp8_swiglu, weight_casts
+from commlib.experts import SwiGLUWeights, fp8_swiglu, keep_weight_casts, weight_casts
 from commlib.experts.grouped_gemm import Fp8Weight, quantize_experts
 from commlib.overlap import WeightGradStore
 from commlib.quant import Fp8Rows, dequantize, dequantize_columns, quantize_e4m3, quantize_weight, retile_columns
@@ -173,24 +174,31 @@ def test_weight_gradients_may_wait(frozen: str | None) -> None:
             assert ours.grad is not None and theirs.grad is not None and torch.equal(ours.grad, theirs.grad), name
 
 
-@pytest.mark.parametrize("casts", [None, WeightCasts()])
-def test_compiles(casts: WeightCasts | None) -> None:
+@pytest.mark.parametrize("is_keeping", [False, True])
+def test_compiles(is_keeping: bool) -> None:
     results = []
     for is_compiled in (False, True):
         weights, row_weights = make_weights(), torch.ones(sum(COUNTS), requires_grad=True)
 
         def layer(x: Tensor, row_weights: Tensor, *weights: Tensor) -> Tensor:
-            return F.silu(fp8_swiglu(x, row_weights, SwiGLUWeights(*weights), ends(), casts))
+            return F.silu(fp8_swiglu(x, row_weights, SwiGLUWeights(*weights), ends()))
 
         call = torch.compile(layer, backend="aot_eager") if is_compiled else layer
-        y = call(make_rows(torch.bfloat16), row_weights, *weights)
-        y.float().sum().backward()
-        results.append([y, row_weights.grad, *(each.grad for each in weights)])
+        outs = []
+        for _ in range(2):  # the second time with other weights: a graph must not have kept the first ones' casts
+            with keep_weight_casts() if is_keeping else nullcontext():
+                outs.append(call(make_rows(torch.bfloat16), row_weights, *weights))
+                outs[-1].float().sum().backward()
+            with torch.no_grad():
+                for each in weights:
+                    each.mul_(-2)
+        results.append([*outs, row_weights.grad, *(each.grad for each in weights)])
     for ours, theirs in zip(*results, strict=True):
         assert ours is not None and theirs is not None and torch.equal(ours, theirs)
 
 
-def test_casts_are_kept_until_weights_change(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+def test_casts_are_kept_for_a_step(is_checkpointed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Tensor] = []
 
     def counted(weight: Tensor) -> Fp8Weight:
@@ -198,25 +206,32 @@ def test_casts_are_kept_until_weights_change(monkeypatch: pytest.MonkeyPatch) ->
         return quantize_experts(weight)
 
     monkeypatch.setattr(weight_casts, "quantize_experts", counted)
-    casts, results = WeightCasts(), []
-    for kept in (None, casts):
+    results = []
+    for is_keeping in (False, True):
         weights, row_weights, found = make_weights(), torch.ones(sum(COUNTS)), []
-        for change, most in (("nothing", 6), ("gate", 2), ("up", 6)):
-            with torch.no_grad():
-                if change == "gate":
-                    weights.gate.mul_(2)  # torch sees this
-                if change == "up":
-                    weights.up.data.mul_(2)  # and not this
-                    casts.clear()
+
+        def layer(weights: SwiGLUWeights = weights, row_weights: Tensor = row_weights) -> Tensor:
+            return fp8_swiglu(make_rows(torch.bfloat16), row_weights, weights, ends())
+
+        for change in ("nothing", ".data"):
+            if change == ".data":
+                weights.up.data.mul_(2)  # torch does not see this, but a step has ended
             made.clear()
-            for _ in range(2):  # micro-batches
-                y = fp8_swiglu(make_rows(torch.bfloat16), row_weights, weights, ends(), kept)
-                y.float().square().sum().backward()
-                found.append(y.detach())
-            assert len(made) == (0 if kept is None else most), change
+            with keep_weight_casts() if is_keeping else nullcontext():
+                for _ in range(2):  # micro-batches
+                    y = checkpoint(layer, use_reentrant=False) if is_checkpointed else layer()
+                    y.float().square().sum().backward()
+                    found.append(y.detach())
+                assert len(made) == (6 if is_keeping else 18 if is_checkpointed else 12), change
+                with torch.no_grad():
+                    weights.gate.mul_(2)  # torch sees this, even before the step ends
+                found.append(layer().detach())
+                assert made[-3 if not is_keeping else -1] is weights.gate
         results.append([*found, *(each.grad for each in weights)])
     for ours, theirs in zip(*results, strict=True):
         assert ours is not None and theirs is not None and torch.equal(ours, theirs)
+    with keep_weight_casts(), pytest.raises(ConfigError, match="active already"), keep_weight_casts():
+        pass
 
 
 def test_no_rows_at_all() -> None:

@@ -54,7 +54,7 @@ def test_rows(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("pow2", [False, True])
 def test_weights(dtype: torch.dtype, pow2: bool) -> None:
-    for shape in ((128, 256), (3, 128, 256), (2, 136, 200), (1, 8, 8), (0, 128, 128)):
+    for shape in ((128, 256), (3, 128, 256), (2, 256, 384), (2, 136, 200), (1, 8, 8), (0, 128, 128)):
         w = torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(dtype)
         if w.numel() > 1000:
             w.view(-1)[11], w.view(-1)[700] = float("nan"), 300.0

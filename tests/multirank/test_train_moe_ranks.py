@@ -6,12 +6,10 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
-import torch
 import train_moe_job
-from torch import Tensor
+from train_moe_runs import assert_same_state, assert_same_step, assert_same_to_rounding, read
 
 from commlib.testing.spawn import check_ranks
 
@@ -19,33 +17,6 @@ pytestmark = pytest.mark.multirank
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
-
-
-class Run(NamedTuple):
-    """What a job wrote: per-step reports, the union of all ranks' tensors, the held-out loss."""
-
-    steps: list[dict[str, Any]]
-    state: dict[str, Tensor]
-    held_out: float
-
-
-def read(folder: Path, kind: str, num_ranks: int) -> Run:
-    """Joins the ranks' files; where several ranks hold a tensor, they must hold the same bits."""
-    parts = [torch.load(folder / f"{kind}-{num_ranks}-{rank}.pt") for rank in range(num_ranks)]
-    state: dict[str, Tensor] = {}
-    for part in parts:
-        assert part["held_out"] == parts[0]["held_out"]
-        for name, tensor in part["state"].items():
-            assert torch.equal(tensor, state.setdefault(name, tensor)), f"{name} differs between ranks"
-        for ours, theirs in zip(part["steps"], parts[0]["steps"], strict=True):
-            assert_same_step(ours, theirs)
-    return Run(parts[0]["steps"], state, parts[0]["held_out"])
-
-
-def assert_same_step(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    """Bit for bit."""
-    assert torch.equal(ours["load"], theirs["load"])
-    assert {**ours, "load": None} == {**theirs, "load": None}
 
 
 @pytest.fixture(scope="module")
@@ -100,31 +71,6 @@ def test_checkpoint_of_eight_ranks_in_the_background(tmp_path: Path) -> None:
     check_ranks("train_moe_job:loaded_by_fewer", 4, args=[str(tmp_path)], ranks_per_node=2, timeout_s=60)
     assert_same_state(read(tmp_path, "start", 4), read(tmp_path, "start", 8), with_held_out=False)
     assert_same_to_rounding(read(tmp_path, "resumed", 4), straight, first_step=0)
-
-
-def assert_same_state(ours: Run, theirs: Run, *, with_held_out: bool = True) -> None:
-    """Bit for bit."""
-    assert ours.state.keys() == theirs.state.keys()
-    for name, tensor in ours.state.items():
-        assert torch.equal(tensor, theirs.state[name]), name
-    assert not with_held_out or ours.held_out == theirs.held_out
-
-
-def assert_same_to_rounding(ours: Run, theirs: Run, first_step: int) -> None:
-    """FP32 sums in another order: measured, losses differ by 1e-7 and weights by 4e-5 of what six steps can move them.
-
-    A wrong factor in the gradients of experts or dense parts shows in the first digits of the gradient norm.
-    """
-    for mine, other in zip(ours.steps, theirs.steps[first_step:], strict=True):
-        assert torch.equal(mine["load"], other["load"])
-        for name in ("main", "mtp", "balance", "grad_norm"):
-            assert mine[name] == pytest.approx(other[name], rel=2e-6), (mine["step"], name)
-    assert ours.held_out == pytest.approx(theirs.held_out, rel=2e-6)
-    assert ours.state.keys() == theirs.state.keys()
-    for name, tensor in ours.state.items():
-        if name.startswith("model."):
-            # Six steps of at most 1e-3 each.
-            assert float((tensor - theirs.state[name]).norm()) <= 1e-3 * 6e-3 * tensor.numel() ** 0.5, name
 
 
 def test_later_bytes_do_not_reach_earlier_predictions() -> None:

@@ -48,9 +48,9 @@ def make_text(num_bytes: int, seed: int) -> Tensor:
 
 
 @contextmanager
-def joined() -> Iterator[bootstrap.Bootstrap]:
+def joined(device: str = "cpu") -> Iterator[bootstrap.Bootstrap]:
     """The other ranks, by commlib and by torch.distributed."""
-    ranks = connect()
+    ranks = connect(device)
     try:
         yield ranks
     finally:
@@ -58,23 +58,24 @@ def joined() -> Iterator[bootstrap.Bootstrap]:
         ranks.close()
 
 
-def make_trainer(ranks: bootstrap.Bootstrap, **parallel: Any) -> Trainer:
+def make_trainer(ranks: bootstrap.Bootstrap, device: str = "cpu", **parallel: Any) -> Trainer:
     """The same model on any number of ranks, all of it in FP32."""
-    return Trainer(ranks, MODEL, TRAINING, make_text(2000, seed=0), torch.float32, ParallelConfig(**parallel))
+    text = make_text(2000, seed=0)
+    return Trainer(ranks, MODEL, TRAINING, text, torch.float32, ParallelConfig(**parallel), device)
 
 
-def straight(out: str) -> None:
+def straight(out: str, device: str = "cpu") -> None:
     """All steps without a stop; a checkpoint on the way."""
-    with joined() as ranks, make_trainer(ranks) as trainer:
+    with joined(device) as ranks, make_trainer(ranks, device) as trainer:
         reports = list(trainer.train(SAVE_AT))
         checkpoint.save(trainer, Path(out) / "checkpoints")
         reports += trainer.train(STEPS)
         _write(trainer, reports, Path(out) / f"straight-{ranks.size}-{ranks.rank}.pt")
 
 
-def resumed(out: str) -> None:
+def resumed(out: str, device: str = "cpu") -> None:
     """The steps after the checkpoint, in new processes."""
-    with joined() as ranks, make_trainer(ranks) as trainer:
+    with joined(device) as ranks, make_trainer(ranks, device) as trainer:
         found = checkpoint.latest(Path(out) / "checkpoints")
         assert found is not None
         checkpoint.load(trainer, found)

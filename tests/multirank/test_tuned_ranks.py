@@ -24,9 +24,9 @@ pytestmark = pytest.mark.multirank
 
 HERE = Path(__file__).stem
 NODES = (0, 0, 1, 1)
-# Not the defaults, which the small configurations of other tests replace.
-FIELDS = {"chunk_tokens": 32, "chunk_bytes": 64 * 1024, "ring_bytes": 512 * 1024}
 START = {"chunk_tokens": 4, "chunk_bytes": 4096, "ring_bytes": 16384}
+# What a plan may replace: the defaults, in place of what the small configurations of other tests have.
+FIELDS = {name: RuntimeConfig.__dataclass_fields__[name].default for name in START}
 
 
 def plan_rank(port: int, folder: str) -> None:
@@ -42,7 +42,7 @@ def plan_rank(port: int, folder: str) -> None:
         if rank == 2:
             path.write_text("{")
         else:
-            store_plan(path, shape, network, plan if rank == 0 else {"ring_bytes": 1 << 20})
+            store_plan(path, shape, network, plan if rank == 0 else {"ring_bytes": 1 << 21})
         with Runtime(group, config, topology=topology) as runtime:
             assert {name: getattr(runtime.config, name) for name in plan} == plan
             assert f"tuned plan, from rank 0's file: {json.dumps(plan)}" in runtime.describe()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from commlib import quant
 from commlib.quant import Fp8Rows
 
-__all__ = ["close_rows", "close_sums", "make", "same", "same_rows"]
+__all__ = ["check_e5m6", "close_rows", "close_sums", "make", "same", "same_rows"]
 
 
 def make(rows: int, columns: int, dtype: torch.dtype, seed: int, *, is_odd: bool = False) -> Tensor:
@@ -51,3 +55,21 @@ def close_sums(ours: Tensor, theirs: Tensor, terms: Tensor) -> None:
     """Sums over the last dimension of `terms`, in any order, of products of a few roundings each."""
     bound = (terms.shape[-1] + 16) * 2.0**-23 * terms.double().abs().sum(dim=-1)
     assert bool(((ours.cpu().double() - theirs.double()).abs() <= bound).all())
+
+
+def check_e5m6(kernels: Any, dtype: torch.dtype, device: str, shapes: Iterable[tuple[int, int]]) -> None:
+    """Both directions of `kernels` on a device against `commlib.quant`."""
+    for rows, columns in shapes:
+        x, what = make(rows, columns, dtype, rows), f"{rows} x {columns}"
+        ours, theirs = kernels.quantize_e5m6(x.to(device)), quant.quantize_e5m6(x)
+        same(ours[0], theirs[0], f"{what}: packed")
+        same(ours[1], theirs[1], f"{what}: scales")
+        same(kernels.dequantize_e5m6(*ours, dtype), quant.dequantize_e5m6(*theirs, dtype), f"{what}: back")
+    low, high = torch.arange(4096).reshape(-1, 2).unbind(1)  # every number there is
+    packed = torch.stack((low & 0xFF, low >> 8 | (high & 0xF) << 4, high >> 4), dim=1).to(torch.uint8).reshape(32, 192)
+    scales = torch.ones(32, 1)
+    back = kernels.dequantize_e5m6(packed.to(device), scales.to(device), dtype)
+    same(back, quant.dequantize_e5m6(packed, scales, dtype), "every number")
+    odd = make(40, 384, dtype, 2, is_odd=True)
+    back = kernels.dequantize_e5m6(*kernels.quantize_e5m6(odd.to(device)), dtype)
+    same(back, quant.dequantize_e5m6(*quant.quantize_e5m6(odd), dtype), "odd numbers")

@@ -20,6 +20,7 @@ __all__ = [
     "ELEMENT_BYTES",
     "KINDS",
     "LAYOUTS",
+    "aligned",
     "check_capacity",
     "check_handle",
     "check_routing",
@@ -82,10 +83,18 @@ def check_tensor(
         named = zip(labels, sizes, strict=True)
         meaning = ", ".join(label if want is None else f"{label}={want}" for label, want in named)
         raise ConfigError(f"{name} has shape {list(shape)}, not [{meaning}]")
-    if tensor.is_contiguous() and tensor.data_ptr() % 16 == 0:
-        return tensor
-    tensor = tensor.detach().contiguous()
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+    return tensor if _is_aligned(tensor) else aligned(tensor.detach())
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` as contiguous memory at a multiple of 16 bytes, as wide loads and bulk copies want it; a copy if need
+    be."""
+    tensor = tensor.contiguous()
+    return tensor if _is_aligned(tensor) else tensor.clone()
+
+
+def _is_aligned(tensor: torch.Tensor) -> bool:
+    return tensor.is_contiguous() and tensor.data_ptr() % 16 == 0
 
 
 def _fits(shape: tuple[int, ...], sizes: tuple[int | None, ...]) -> bool:

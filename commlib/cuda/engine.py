@@ -35,12 +35,11 @@ def _on_device(method: Callable[..., _T]) -> Callable[..., _T]:
 
     @functools.wraps(method)
     def call(self: CudaEngine, argument: Any) -> _T:
-        if torch._C._cuda_getDevice() == self.device.index:
-            bind_context(self.device.index)
-            return method(self, argument)
-        with torch.cuda.device(self.device):
-            bind_context(self.device.index)
-            return method(self, argument)
+        if torch._C._cuda_getDevice() != self.device.index:
+            with torch.cuda.device(self.device):
+                return call(self, argument)
+        bind_context(self.device.index)
+        return method(self, argument)
 
     return call
 

@@ -16,15 +16,15 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from commlib.cuda.calls import aligned
 from commlib.cuda.driver import bind_context
 from commlib.cuda.fp8_gemm_kernels import rows_kernel, weights_kernel
-from commlib.cuda.quant import aligned
 from commlib.errors import ConfigError
 from commlib.layout import SCALE_BLOCK
 
 __all__ = ["grouped_mm", "grouped_weight_grad"]
 
-_TOGETHER = 8
+_TOGETHER = 8  # tiles one below the other that run at the same time
 
 
 def grouped_mm(x: Tensor, x_scales: Tensor, w: Tensor, w_scales: Tensor, ends: Tensor, dtype: torch.dtype) -> Tensor:

@@ -20,7 +20,7 @@ from commlib.cuda.calls import (
     check_rows,
     check_tensor,
 )
-from commlib.cuda.launch import LATENCY_WARPS, MAX_SHARED_BYTES, MESSAGE_HEAD_WORDS, plan_latency
+from commlib.cuda.launch import LATENCY_WARPS, MAX_SHARED_BYTES, message_words, plan_latency
 from commlib.cuda.operations import KernelCall
 from commlib.cuda.params import LatencyCombineCall, LatencyDispatchCall
 from commlib.errors import ConfigError
@@ -201,8 +201,8 @@ class LatencyOps:
         ranks: int = self._queue.num_ranks
         experts, local = config.num_experts, config.num_experts // ranks
         words = -(-self._max_tokens // 32)
-        messages = ranks * (MESSAGE_HEAD_WORDS + words + experts)
-        return 4 * max(2 + experts * words, messages + experts + 2 * local + 1 + ranks * -(-local // 32))
+        places = ranks * message_words(self._max_tokens, experts) + experts + 2 * local + 1 + ranks * -(-local // 32)
+        return 4 * max(2 + experts * words, places)
 
     # ---- combine
 

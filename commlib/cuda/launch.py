@@ -28,7 +28,7 @@ STAGES = 4  # kStages in native/cuda
 TIER_COMBINE_WARPS = 12  # of tier_combine.cu, which needs more registers than combine.cu
 LATENCY_WARPS = 12  # of a block in the latency regime: a part of a row each
 MAX_PARTS = 16  # of a row there, kMaxParts in native/cuda/latency.cuh
-MESSAGE_HEAD_WORDS = 5  # MessageHead there
+_MESSAGE_HEAD_WORDS = 5  # MessageHead there
 RECORD_WORDS = 3  # RecordWord there
 _COUNT_WORDS = 16  # kCountWords in native/cuda/count.cuh
 _WARP_ALIGNMENT = 128  # RowPipe::kAlignment
@@ -152,6 +152,11 @@ def plan_latency(row_bytes: int, *, cast_element_bytes: int = 0) -> tuple[Launch
         if row_bytes > MAX_PARTS * launch.piece_bytes:
             raise ConfigError(f"rows of {row_bytes} bytes are too wide for the latency regime: {launch}")
     return launches
+
+
+def message_words(decode_tokens: int, num_experts: int) -> int:
+    """Of a message of the latency regime, message_words in native/cuda/latency.cuh."""
+    return _MESSAGE_HEAD_WORDS + -(-decode_tokens // 32) + num_experts
 
 
 def settle_bytes(num_experts: int, num_ranks: int, count_blocks: int = 0, tokens_per_block: int = 0) -> int:

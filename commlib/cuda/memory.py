@@ -20,7 +20,7 @@ from commlib.bootstrap.agreement import allgather_or_raise
 from commlib.config import RuntimeConfig
 from commlib.cuda.driver import Event
 from commlib.cuda.host_page import HostPage
-from commlib.cuda.launch import MAX_PARTS, MESSAGE_HEAD_WORDS, RECORD_WORDS
+from commlib.cuda.launch import MAX_PARTS, RECORD_WORDS, message_words
 from commlib.cuda.params import ExchangeHeader, FaultNote, LatencyRegions, sizeof
 from commlib.errors import CapacityError, TransportError
 from commlib.layout import SCALE_BLOCK, align_up, format_bytes, record_bytes
@@ -110,13 +110,12 @@ class Regions:
         config = self.config
         row_bytes = align_up(2 * config.hidden, 16)
         record_offset = row_bytes + align_up(4 * (config.hidden // SCALE_BLOCK), 16)
-        message_words = MESSAGE_HEAD_WORDS + -(-(config.decode_tokens or 0) // 32) + config.num_experts
         return {
             "scales_offset": row_bytes,
             "record_offset": record_offset,
             "slot_bytes": align_up(record_offset + 8 * RECORD_WORDS * config.num_topk, 128),
             "partial_bytes": align_up(row_bytes, 128),
-            "message_bytes": align_up(8 * message_words, _LINE),
+            "message_bytes": align_up(8 * message_words(config.decode_tokens or 0, config.num_experts), _LINE),
         }
 
     def latency(self) -> LatencyRegions:

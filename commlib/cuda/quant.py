@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from commlib.cuda.calls import aligned
 from commlib.cuda.compile import compile_unit, default_cache
 from commlib.cuda.driver import Kernel, KernelArguments, bind_context, load_kernels
 from commlib.cuda.quant_params import (
@@ -31,7 +32,6 @@ from commlib.quant import Fp8Rows
 from commlib.quant.swiglu import SwiGLUGrads, SwiGLURows
 
 __all__ = [
-    "aligned",
     "cast_rows",
     "dequantize_e5m6",
     "quantize_e5m6",
@@ -245,12 +245,6 @@ def _checked(x: Tensor, name: str, like: Tensor | None = None) -> Tensor:
     if like is not None and (x.shape != like.shape or x.dtype != like.dtype or x.device != like.device):
         raise ConfigError(f"{name} is {x.dtype} {list(x.shape)} on {x.device}, the rule: like the other rows")
     return aligned(x.detach())
-
-
-def aligned(x: Tensor) -> Tensor:
-    """`x` as contiguous memory at a multiple of 16 bytes, as wide loads and bulk copies want it; a copy if need be."""
-    x = x.contiguous()
-    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 def _weights(row_weights: Tensor, rows: Tensor) -> Tensor:

@@ -45,9 +45,15 @@ __device__ inline float divide(float x, float scale, float inverse) {
   return __fmaf_rn(-__fmaf_rn(faithful, scale, -x), inverse, faithful);
 }
 
-__device__ inline float scale_of(uint32_t top, uint32_t cast) {
-  const float scale = __fdiv_rn(fmaxf(__uint_as_float(top), 1e-4f), 448.0f);
+// Of the largest magnitude, as FP32 bits, for a format whose largest number is `largest`.
+__device__ inline float scale_of(uint32_t top, uint32_t cast, float largest = 448.0f) {
+  const float scale = __fdiv_rn(fmaxf(__uint_as_float(top), 1e-4f), largest);
   return cast == kCastPow2 ? next_power_of_two(scale) : scale;
+}
+
+__device__ inline uint2 pack_e4m3x8(const float (&q)[8]) {
+  return make_uint2(to_e4m3x2(q[0], q[1]) | to_e4m3x2(q[2], q[3]) << 16,
+                    to_e4m3x2(q[4], q[5]) | to_e4m3x2(q[6], q[7]) << 16);
 }
 
 __device__ inline uint2 to_e4m3x8(const float (&values)[8], float scale) {
@@ -58,8 +64,7 @@ __device__ inline uint2 to_e4m3x8(const float (&values)[8], float scale) {
   for (int i = 0; i < 8; ++i)
     q[i] = is_finite ? divide(values[i], scale, inverse)
                      : __fmul_rn(values[i], 0.0f);  // infinity gives NaN
-  return make_uint2(to_e4m3x2(q[0], q[1]) | to_e4m3x2(q[2], q[3]) << 16,
-                    to_e4m3x2(q[4], q[5]) | to_e4m3x2(q[6], q[7]) << 16);
+  return pack_e4m3x8(q);
 }
 
 // The largest magnitude among 8 columns of BF16, as FP32 bits; NaNs are left out, they only spoil

@@ -73,15 +73,12 @@ __device__ inline void store8(void* x, uint64_t at, uint32_t dtype, const float 
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(512, 2) cast_e5m6(CastE5m6Call call) {
-  const uint32_t element = call.dtype == uint32_t(Dtype::kBf16) ? 2 : 4;
-  const uint8_t* x = static_cast<const uint8_t*>(call.x);
   for_each_row(
       call.num_rows, call.hidden,
       [&](uint32_t, uint64_t at, uint64_t tile, bool is_here) {
         float values[8];
-        unpack8(x + at * element, call.dtype, values);
-        const float top = __uint_as_float(largest_of_tile(values));
-        const float scale = next_power_of_two(__fdiv_rn(fmaxf(top, 1e-4f), kE5m6Max));
+        load8(call.x, at, call.dtype, values);
+        const float scale = scale_of(largest_of_tile(values), kCastPow2, kE5m6Max);
         if (!is_here) return;
         // The reciprocal of a power of two is exact, that of infinity 0: infinity times 0 is NaN.
         const float inverse = __frcp_rn(scale);

@@ -105,24 +105,24 @@ __device__ inline uint8_t* partial_slot(const Mesh& mesh, const LatencyRegions& 
   return at<uint8_t>(mesh, rank, regions.partials + place * regions.partial_bytes);
 }
 
-// "This part came in this epoch or, its place being taken again, a later one": one writer, never
-// reset. Epochs are compared as numbers on a circle.
-__device__ inline bool part_has_come(const Mesh& mesh, const Flags& flags, int writer,
-                                     uint32_t number, uint32_t epoch) {
-  const uint32_t* flag =
-      at<uint32_t>(mesh, mesh.rank, flags.offset) + uint64_t(writer) * flags.per_writer + number;
-  return int32_t(load_acquire(flag) - epoch) >= 0;  // partner: Announcer::tell_until at the writer
+// Epoch that lies in a part's slot: one writer, never reset.
+__device__ inline const uint32_t* part_flag(const Mesh& mesh, const Flags& flags, int writer,
+                                            uint32_t number) {
+  return at<uint32_t>(mesh, mesh.rank, flags.offset) + uint64_t(writer) * flags.per_writer + number;
 }
 
-__device__ inline bool wait_part(const Mesh& mesh, const Flags& flags, int writer, uint32_t number,
-                                 uint32_t epoch, Phase phase) {
-  const uint32_t* flag =
-      at<uint32_t>(mesh, mesh.rank, flags.offset) + uint64_t(writer) * flags.per_writer + number;
-  return wait_until(mesh, {phase, writer, epoch, epoch}, [=](uint64_t* seen) {
-    const uint32_t value = load_acquire(flag);  // partner: Announcer::tell_until at the writer
-    *seen = value;
-    return int32_t(value - epoch) >= 0;
-  });
+// "This part came in this epoch or, its place being taken again, a later one". Epochs are compared
+// as numbers on a circle.
+__device__ inline bool part_has_come(const uint32_t* flag, uint32_t epoch, uint64_t* seen) {
+  const uint32_t value = load_acquire(flag);  // partner: Announcer::tell_until at the writer
+  *seen = value;
+  return int32_t(value - epoch) >= 0;
+}
+
+__device__ inline bool wait_part(const Mesh& mesh, const uint32_t* flag, int writer, uint32_t epoch,
+                                 Phase phase) {
+  return wait_until(mesh, {phase, writer, epoch, epoch},
+                    [=](uint64_t* seen) { return part_has_come(flag, epoch, seen); });
 }
 
 // Parts of rows that a grid's warps take in turn, first the same part of all blocks.

@@ -100,8 +100,8 @@ __device__ void add_up(const Mesh& mesh, const LatencyRegions& regions,
     const bool is_first = rank >= 0 && __ffs(int(same)) - 1 == lane;
     bool has_come = true;
     if (is_first)
-      has_come =
-          wait_part(mesh, flags, rank, token * kMaxParts + tasks.part(), uint32_t(epoch), kAddUp);
+      has_come = wait_part(mesh, part_flag(mesh, flags, rank, token * kMaxParts + tasks.part()),
+                           rank, uint32_t(epoch), kAddUp);
     if (!__all_sync(0xffffffffu, has_come)) break;
     fence_async_global();  // what the acquire made visible, before the bulk loads
     __syncwarp();

@@ -73,15 +73,15 @@ struct Intake {
   // Rows that are here leave before the warp waits for one that is not.
   __device__ bool has_come() {
     const uint32_t parts = (call.in_row_bytes + call.piece_bytes - 1) / call.piece_bytes;
-    const Flags flags = row_flags(regions);
-    const uint32_t number = token * kMaxParts + uint32_t(lane_id());
+    const uint32_t* flag =
+        part_flag(mesh, row_flags(regions), source, token * kMaxParts + uint32_t(lane_id()));
     bool is_here = true;
-    if (uint32_t(lane_id()) < parts)
-      is_here = part_has_come(mesh, flags, source, number, uint32_t(epoch));
+    uint64_t seen;
+    if (uint32_t(lane_id()) < parts) is_here = part_has_come(flag, uint32_t(epoch), &seen);
     if (__all_sync(0xffffffffu, is_here)) return true;
     while (own.pipe.stored < own.pipe.loaded) own.pipe.store_oldest(as_it_is);
     if (uint32_t(lane_id()) < parts)
-      is_here = wait_part(mesh, flags, source, number, uint32_t(epoch), kTakeIn);
+      is_here = wait_part(mesh, flag, source, uint32_t(epoch), kTakeIn);
     return __all_sync(0xffffffffu, is_here);
   }
 

@@ -45,13 +45,11 @@ __device__ inline uint32_t largest_of_block(uint32_t top) {
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(512, 2) cast_rows(CastRowsCall call) {
-  const uint32_t element = call.dtype == uint32_t(Dtype::kBf16) ? 2 : 4;
-  const uint8_t* x = static_cast<const uint8_t*>(call.x);
   for_each_row(
       call.num_rows, call.hidden,
       [&](uint32_t, uint64_t at, uint64_t tile, bool is_here) {
         float values[8];
-        unpack8(x + at * element, call.dtype, values);
+        load8(call.x, at, call.dtype, values);
         store_tile(call.out, at, tile, values, call.cast, is_here);
       },
       [](uint32_t) {});
@@ -60,10 +58,8 @@ extern "C" __global__ void __launch_bounds__(512, 2) cast_rows(CastRowsCall call
 // A block per tile. The last tiles may be smaller; columns are a multiple of 8.
 extern "C" __global__ void __launch_bounds__(kTileThreads) cast_weight(CastWeightCall call) {
   __shared__ TurnedTile turned;
-  const uint32_t element = call.dtype == uint32_t(Dtype::kBf16) ? 2 : 4;
   const uint32_t row_tiles = (call.rows + kTile - 1) / kTile;
   const uint32_t column_tiles = (call.columns + kTile - 1) / kTile;
-  const uint8_t* w = static_cast<const uint8_t*>(call.w);
   const uint64_t tiles = uint64_t(call.num_experts) * row_tiles * column_tiles;
   for (uint64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     const uint32_t column_tile = uint32_t(tile % column_tiles);
@@ -78,8 +74,7 @@ extern "C" __global__ void __launch_bounds__(kTileThreads) cast_weight(CastWeigh
     for (uint32_t turn = 0; turn < kTurns; ++turn) {
       const uint32_t row = first_row + turn * kRowsAtOnce;
       if (row < call.rows && column < call.columns)
-        unpack8(w + ((expert_rows + row) * call.columns + column) * element, call.dtype,
-                values[turn]);
+        load8(call.w, (expert_rows + row) * call.columns + column, call.dtype, values[turn]);
       top = max(top, largest_bits(values[turn]));
     }
     const float scale = scale_of(largest_of_block(top), call.cast);
@@ -93,22 +88,20 @@ extern "C" __global__ void __launch_bounds__(kTileThreads) cast_weight(CastWeigh
         *reinterpret_cast<uint2*>(call.out.q + (expert_rows + row) * call.columns + column) = q;
     }
     if (call.is_turned)
-      turned.take_out(call.out.q +
-                          (expert * call.columns + column_tile * kTile) * call.rows +
-                          row_tile * kTile,
-                      call.rows);
+      turned.take_out(
+          call.out.q + (expert * call.columns + column_tile * kTile) * call.rows + row_tile * kTile,
+          call.rows);
     if (threadIdx.x == 0)
-      call.out.scales[call.is_turned
-                          ? (expert * column_tiles + column_tile) * row_tiles + row_tile
-                          : tile] = scale;
+      call.out.scales[call.is_turned ? (expert * column_tiles + column_tile) * row_tiles + row_tile
+                                     : tile] = scale;
   }
 }
 
 // A block per 128 rows and 128 columns.
 extern "C" __global__ void __launch_bounds__(kTileThreads) retile_columns(RetileCall call) {
   __shared__ TurnedTile turned;
-  // One column of each lane side by side; a group's odd number of such lines takes the other half of
-  // a warp to the other half of the banks.
+  // One column of each lane side by side; a group's odd number of such lines takes the other half
+  // of a warp to the other half of the banks.
   __shared__ uint32_t tops[kRowsAtOnce][kColumns + 1][kLanesPerTile];
   const uint32_t column_tiles = call.hidden / kTile;
   const uint64_t tiles = uint64_t(call.num_rows / kTile) * column_tiles;
@@ -139,8 +132,7 @@ extern "C" __global__ void __launch_bounds__(kTileThreads) retile_columns(Retile
     for (uint32_t i = 0; i < kColumns; ++i) {
       uint32_t most = 0;
 #pragma unroll
-      for (uint32_t group = 0; group < kRowsAtOnce; ++group)
-        most = max(most, tops[group][i][lane]);
+      for (uint32_t group = 0; group < kRowsAtOnce; ++group) most = max(most, tops[group][i][lane]);
       scales[i] = scale_of(most, call.cast);
       if (threadIdx.x / kLanesPerTile == 0)
         call.out.scales[row_tile * call.hidden + column + i] = scales[i];
@@ -151,8 +143,7 @@ extern "C" __global__ void __launch_bounds__(kTileThreads) retile_columns(Retile
 #pragma unroll
       for (uint32_t i = 0; i < kColumns; ++i) q[i] = __fdiv_rn(values[turn][i], scales[i]);
       const uint64_t row = first_row + turn * kRowsAtOnce;
-      const uint2 eight = make_uint2(to_e4m3x2(q[0], q[1]) | to_e4m3x2(q[2], q[3]) << 16,
-                                     to_e4m3x2(q[4], q[5]) | to_e4m3x2(q[6], q[7]) << 16);
+      const uint2 eight = pack_e4m3x8(q);
       if (call.is_turned)
         turned.put(uint32_t(row % kTile), in_tile, eight);
       else

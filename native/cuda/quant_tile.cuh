@@ -21,6 +21,12 @@ struct Fp8In {
   const float* scales;
 };
 
+// BF16 or FP32, from element `at` on, a multiple of 8.
+__device__ inline void load8(const void* x, uint64_t at, uint32_t dtype, float (&values)[8]) {
+  const uint32_t element = dtype == uint32_t(Dtype::kBf16) ? 2 : 4;
+  unpack8(static_cast<const uint8_t*>(x) + at * element, dtype, values);
+}
+
 __device__ inline void unpack_e4m3x8(const uint8_t* from, float scale, float (&values)[8]) {
   const uint2 words = *reinterpret_cast<const uint2*>(from);
 #pragma unroll

@@ -48,15 +48,12 @@ __device__ inline void store_inner(const Fp8Out& inner, uint64_t at, uint64_t ti
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(512, 2) swiglu_cast(SwigluCall call) {
-  const uint32_t element = call.dtype == uint32_t(Dtype::kBf16) ? 2 : 4;
-  const uint8_t* gates = static_cast<const uint8_t*>(call.gate);
-  const uint8_t* ups = static_cast<const uint8_t*>(call.up);
   for_each_row(
       call.num_rows, call.width,
       [&](uint32_t row, uint64_t at, uint64_t tile, bool is_here) {
         float gate[8], up[8];
-        unpack8(gates + at * element, call.dtype, gate);
-        unpack8(ups + at * element, call.dtype, up);
+        load8(call.gate, at, call.dtype, gate);
+        load8(call.up, at, call.dtype, up);
         store_tile(call.kept_gate, at, tile, gate, kCastPow2, is_here);
         store_tile(call.kept_up, at, tile, up, kCastPow2, is_here);
         store_inner(call.inner, at, tile, gate, up, call.row_weights[row], is_here);
@@ -77,14 +74,12 @@ extern "C" __global__ void __launch_bounds__(512, 2) swiglu_again(SwigluAgainCal
 }
 
 extern "C" __global__ void __launch_bounds__(512, 2) swiglu_backward(SwigluBackwardCall call) {
-  const uint32_t element = call.dtype == uint32_t(Dtype::kBf16) ? 2 : 4;
-  const uint8_t* grads = static_cast<const uint8_t*>(call.grad_inner);
   float sum = 0.0f;
   for_each_row(
       call.num_rows, call.width,
       [&](uint32_t row, uint64_t at, uint64_t tile, bool is_here) {
         float grad[8], gate[8], up[8];
-        unpack8(grads + at * element, call.dtype, grad);
+        load8(call.grad_inner, at, call.dtype, grad);
         unpack_e4m3x8(call.gate.q + at, call.gate.scales[tile], gate);
         unpack_e4m3x8(call.up.q + at, call.up.scales[tile], up);
         const float weight = call.row_weights[row];

@@ -41,8 +41,9 @@ def megatron(job: Job, expert_tensor_parallel: int) -> Iterator[None]:
     warnings.simplefilter("ignore")
     if job.device.type == "cpu":
         use_cpu_in_place_of_cuda()
-    torch._dynamo.config.disable = True  # Megatron compiles small functions: minutes for nothing
-    define_transformer_engine_names()
+    else:
+        torch._dynamo.config.disable = True  # Megatron compiles small functions: minutes for nothing
+        define_transformer_engine_names()
     from megatron.core import parallel_state
 
     parallel_state.initialize_model_parallel(

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from gpu_clock import microseconds
 from torch import Tensor
 
 from commlib import quant
@@ -151,20 +152,7 @@ def test_speed(capsys: pytest.CaptureFixture[str]) -> None:
     }
     operations = 2 * rows * width * depth
     for name, (ours, theirs) in cases.items():
-        fp8_us, bf16_us = _microseconds(ours), _microseconds(theirs)
+        fp8_us, bf16_us = microseconds(ours), microseconds(theirs)
         with capsys.disabled():
             print(f"{name:<18} FP8 {operations / fp8_us / 1e6:6.0f}, BF16 {operations / bf16_us / 1e6:6.0f} TFLOP/s")
         assert fp8_us < 2 * bf16_us, name
-
-
-def _microseconds(call: Callable[[], Any]) -> float:
-    call()
-    times = []
-    for _ in range(10):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(1000 * start.elapsed_time(end))
-    return sorted(times)[5]

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from quant_checks import close_rows, close_sums, make, same, same_rows
+from gpu_clock import microseconds
+from quant_checks import check_e5m6, close_rows, close_sums, make, same, same_rows
 
 from commlib import quant
 from commlib.errors import ConfigError
@@ -85,26 +86,7 @@ def test_swiglu(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_e5m6(dtype: torch.dtype) -> None:
-    for rows, columns in ((0, 128), (1, 128), (40, 384), (4099, 7168)):
-        x = make(rows, columns, dtype, rows)
-        ours, theirs = kernels().quantize_e5m6(x.cuda()), quant.quantize_e5m6(x)
-        same(ours[0], theirs[0], f"{rows} x {columns}: packed")
-        same(ours[1], theirs[1], f"{rows} x {columns}: scales")
-        same(
-            kernels().dequantize_e5m6(*ours, dtype), quant.dequantize_e5m6(*theirs, dtype), f"{rows} x {columns}: back"
-        )
-    codes = torch.arange(4096).reshape(-1, 2)  # every number there is
-    low, high = codes.unbind(1)
-    packed = torch.stack((low & 0xFF, low >> 8 | (high & 0xF) << 4, high >> 4), dim=1).to(torch.uint8).reshape(32, 192)
-    scales = torch.ones(32, 1)
-    same(
-        kernels().dequantize_e5m6(packed.cuda(), scales.cuda(), dtype),
-        quant.dequantize_e5m6(packed, scales, dtype),
-        "every number",
-    )
-    odd = make(40, 384, dtype, 2, is_odd=True)
-    back = kernels().dequantize_e5m6(*kernels().quantize_e5m6(odd.cuda()), dtype)
-    same(back, quant.dequantize_e5m6(*quant.quantize_e5m6(odd), dtype), "odd numbers")
+    check_e5m6(kernels(), dtype, "cuda", ((0, 128), (1, 128), (40, 384), (4099, 7168)))
 
 
 def test_experts_choose_the_kernels_and_compute_the_same() -> None:
@@ -178,20 +160,7 @@ def test_speed(capsys: pytest.CaptureFixture[str]) -> None:
     for name, (call, num_bytes) in cases.items():
         source = torch.empty(num_bytes // 2, dtype=torch.uint8, device="cuda")
         target = torch.empty_like(source)
-        ours, copy = _microseconds(call), _microseconds(lambda s=source, t=target: t.copy_(s))
+        ours, copy = microseconds(call), microseconds(lambda s=source, t=target: t.copy_(s))
         with capsys.disabled():
             print(f"{name:<16} {ours:8.1f} us  {num_bytes / ours / 1e3:7.1f} GB/s  {copy / ours:5.2f} of a copy")
         assert copy > 0.1 * ours, name
-
-
-def _microseconds(call: Callable[[], Any]) -> float:
-    call()
-    times = []
-    for _ in range(10):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(1000 * start.elapsed_time(end))
-    return sorted(times)[5]

@@ -50,7 +50,7 @@ def test_four_nodes_of_two(num_proxy_threads: int) -> None:
 
 
 def lost_rank(port: int) -> None:
-    """Rank 2 of three nodes kills itself; rank 0 has a proxy thread for either other node, rank 1 one for both."""
+    """Rank 2 of three nodes kills itself; each of the others has a proxy thread for either other node."""
     rank = int(os.environ["COMMLIB_RANK"])
     group = part_of_job(port, rank, 3)
     with open_runtime(group, (0, 1, 2), num_proxy_threads=2, heartbeat_timeout_s=4.0) as runtime:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from quant_checks import close_rows, close_sums, make, same, same_rows
+from quant_checks import check_e5m6, close_rows, close_sums, make, same, same_rows
 
 from commlib import quant
 from commlib.cuda import quant as fused
@@ -102,17 +102,4 @@ def test_swiglu(dtype: torch.dtype) -> None:
 @pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_e5m6(dtype: torch.dtype) -> None:
-    for rows, columns in ((0, 128), (1, 128), (40, 384)):
-        x = make(rows, columns, dtype, rows)
-        ours, theirs = fused.quantize_e5m6(x), quant.quantize_e5m6(x)
-        same(ours[0], theirs[0], f"{rows} x {columns}: packed")
-        same(ours[1], theirs[1], f"{rows} x {columns}: scales")
-        same(fused.dequantize_e5m6(*ours, dtype), quant.dequantize_e5m6(*theirs, dtype), f"{rows} x {columns}: back")
-    codes = torch.arange(4096).reshape(-1, 2)  # every number there is
-    low, high = codes.unbind(1)
-    packed = torch.stack((low & 0xFF, low >> 8 | (high & 0xF) << 4, high >> 4), dim=1).to(torch.uint8).reshape(32, 192)
-    scales = torch.ones(32, 1)
-    same(fused.dequantize_e5m6(packed, scales, dtype), quant.dequantize_e5m6(packed, scales, dtype), "every number")
-    odd = make(40, 384, dtype, 2, is_odd=True)
-    back = fused.dequantize_e5m6(*fused.quantize_e5m6(odd), dtype)
-    same(back, quant.dequantize_e5m6(*quant.quantize_e5m6(odd), dtype), "odd numbers")
+    check_e5m6(fused, dtype, "cpu", ((0, 128), (1, 128), (40, 384)))

@@ -42,10 +42,12 @@ class RuntimeConfig:
         num_proxy_threads: threads that carry bytes between nodes, each to and from some of the other nodes, at most 8.
         num_sms: multiprocessors that a kernel of the GPU executor takes.
         num_local_sms: multiprocessors for work that stays on the GPU (expand, reduce), if more than `num_sms`.
-        out_blocks, in_blocks: between nodes, multiprocessors that send to other nodes and that take in what comes from
-            there, of the `num_sms` of a kernel; None: by the rates of the links (GPU only).
-        decode_tokens: most tokens of a rank in a call of the latency regime, for which slots are allocated at
-            construction (GPU only); None: that regime is not used.
+        out_blocks, in_blocks: between nodes, multiprocessors that serve a rank's own tokens on their way to other nodes
+            and back, and those of other nodes, of the `num_sms` of a kernel; None: by the rates of the links. Of the
+            latter more or fewer take part in a call whose rows go to more or fewer ranks than in balanced routing
+            (GPU only).
+        decode_tokens: most tokens of a rank in a call of the latency regime, for which there are slots, between nodes
+            room in the heap, from construction on (GPU only); None: that regime is not used.
         chunk_tokens: tokens moved per signal over scale-up.
         chunk_bytes: bytes moved per put over scale-out (one row, if a row is larger).
         ring_bytes: bytes of one scale-out ring, which is also the most that is in flight to one peer. On links that

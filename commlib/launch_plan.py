@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ __all__ = [
 ]
 
 _UNIT = 16  # bytes in which commands address registered memory
+_PER_COPY_UNIT = 256  # of blocks, kPerCopyUnit in native/channel/role_blocks.hpp
 _INDEX_BYTES = 4  # behind the record, per slot of the token: which record of the expert's rank it is
 
 
@@ -89,29 +91,54 @@ class LaunchPlan:
     """Blocks (one per multiprocessor) of a two-tier kernel, by what they do first; all help with local work then.
 
     Attributes:
-        out_blocks: send to other nodes: scale_out_send, in combine forward_reduce.
-        in_blocks: take in what comes from other nodes: forward, in combine receive.
-        local_blocks: the rest: push, expand, reduce, final_reduce.
+        num_blocks: of the kernel. Those that do not serve the network push, expand, reduce and final_reduce at once.
+        out_blocks: serve own tokens on their way to other nodes (scale_out_send) and back (receive).
+        in_blocks: serve tokens of other nodes (forward, in combine forward_reduce), in balanced routing.
+        most_in_blocks: likewise, when each row is wanted by more ranks than in balanced routing.
+        blocks_per_copy: in_blocks for one row written here per row that comes from another node.
     """
 
+    num_blocks: int
     out_blocks: int
     in_blocks: int
-    local_blocks: int
+    most_in_blocks: int
+    blocks_per_copy: float
 
     @property
-    def num_blocks(self) -> int:
-        return self.out_blocks + self.in_blocks + self.local_blocks
+    def in_per_copy(self) -> int:
+        """`blocks_per_copy` in the unit of kernels."""
+        return max(1, round(_PER_COPY_UNIT * self.blocks_per_copy))
+
+    def in_blocks_for(self, rows: int, copies: int) -> int:
+        """Blocks that serve tokens of other nodes when `rows` come and `copies` are written here.
+
+        As role_blocks in native/channel/role_blocks.hpp has it, which kernels ask.
+        """
+        if rows == 0:
+            return 0
+        return max(1, min(-(-copies * self.in_per_copy // (rows * _PER_COPY_UNIT)), self.most_in_blocks))
+
+    def kernel_fields(self) -> dict[str, int]:
+        """What TierCall in native/cuda/params.cuh has of this."""
+        return {
+            "out_blocks": self.out_blocks,
+            "most_in_blocks": self.most_in_blocks,
+            "in_per_copy": self.in_per_copy,
+        }
 
     def describe(self) -> str:
-        return f"{self.out_blocks} SMs send, {self.in_blocks} take in, {self.local_blocks} do local work"
+        return (
+            f"of {self.num_blocks} SMs {self.out_blocks} serve own tokens, {self.in_blocks} (by load 1 to "
+            f"{self.most_in_blocks}) those of other nodes, the rest and whoever is through does local work"
+        )
 
 
 def plan_launch(config: RuntimeConfig, topology: Topology, rates: LinkRates | None = None) -> LaunchPlan:
     """Enough blocks to keep the network busy, the rest for local work.
 
-    A block that takes rows in stores each of them at every rank of the node that wants it, so the fan-out of balanced
-    routing decides how many of those there are. Not more than a third of all blocks for either way, at least one, and
-    no more than there are partners. What `config` says of them stands.
+    A block that takes rows in stores each of them at every rank of the node that wants it, so the fan-out decides how
+    many of those there are: that of balanced routing here, that of the call in the kernels. Not more than a third of
+    all blocks for either way, at least one, and no more than there are partners. What `config` says of them stands.
 
     Raises:
         ConfigError: fewer than three multiprocessors, or none left for local work.
@@ -123,15 +150,21 @@ def plan_launch(config: RuntimeConfig, topology: Topology, rates: LinkRates | No
         )
     traffic = _balanced(config, topology)
     nodes = max(topology.num_nodes, 2)
-    fan_out = (traffic.stored_up + traffic.stored_here) / max(traffic.sent_out * nodes / (nodes - 1), 1.0)
+    fan_out = max((traffic.stored_up + traffic.stored_here) / max(traffic.sent_out * nodes / (nodes - 1), 1.0), 1.0)
     most = max(1, min(config.num_sms // 3, topology.num_nodes - 1))
-    out_blocks = config.out_blocks or max(1, min(most, -int(-rates.scale_out // rates.multiprocessor)))
-    in_blocks = config.in_blocks or max(
-        1, min(most, -int(-rates.scale_out * max(fan_out, 1.0) // rates.multiprocessor))
-    )
+    out_blocks = config.out_blocks or max(1, min(most, math.ceil(rates.scale_out / rates.multiprocessor)))
+    # A share of balanced routing's own blocks, half a block below their number: sampled routing is near it.
+    per_copy = (config.in_blocks - 0.5) / fan_out if config.in_blocks else rates.scale_out / rates.multiprocessor
+    in_blocks = config.in_blocks or max(1, min(most, math.ceil(per_copy * fan_out)))
     if out_blocks + in_blocks >= config.num_sms:
         raise ConfigError(f"{out_blocks} + {in_blocks} blocks leave none of num_sms={config.num_sms} for local work")
-    return LaunchPlan(out_blocks=out_blocks, in_blocks=in_blocks, local_blocks=config.num_sms - out_blocks - in_blocks)
+    return LaunchPlan(
+        num_blocks=config.num_sms,
+        out_blocks=out_blocks,
+        in_blocks=in_blocks,
+        most_in_blocks=max(in_blocks, min(most, config.num_sms - out_blocks - 1)),
+        blocks_per_copy=per_copy,
+    )
 
 
 def _balanced(config: RuntimeConfig, topology: Topology) -> Traffic:

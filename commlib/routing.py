@@ -28,6 +28,7 @@ __all__ = [
     "sequence_balance_loss",
     "topk",
     "update_bias",
+    "weigh_experts",
 ]
 
 SCORE_FUNCTIONS = ("sigmoid", "softmax")
@@ -220,13 +221,27 @@ def gate(logits: Tensor, config: GateConfig, bias: Tensor | None = None) -> Gate
     _check_experts("logits", logits, config.num_experts)
     scores = affinity(logits, config.score_function)
     topk_idx = select_experts(scores, config, bias)
+    return GateOutput(topk_idx, weigh_experts(scores, topk_idx, config), scores)
+
+
+def weigh_experts(scores: Tensor, topk_idx: Tensor, config: GateConfig) -> Tensor:
+    """Weights of experts that have been chosen, as `gate` gives them.
+
+    Args:
+        scores: FP32 [T, E], affinities.
+        topk_idx: int64 [T, K], in 0..E-1.
+        config: the gate.
+
+    Returns:
+        FP32 [T, K], differentiable in `scores`.
+    """
     weights = scores.gather(1, topk_idx)
     if config.normalize:
         total = weights.sum(dim=-1, keepdim=True)
         is_zero = total == 0
         # The inner where keeps 0/0 out of the branch that is not taken: its gradient would be NaN all the same.
-        weights = torch.where(is_zero, 1.0 / config.num_topk, weights / torch.where(is_zero, 1.0, total))
-    return GateOutput(topk_idx, weights * config.route_scale, scores)
+        weights = torch.where(is_zero, 1.0 / topk_idx.shape[-1], weights / torch.where(is_zero, 1.0, total))
+    return weights * config.route_scale
 
 
 def expert_load(topk_idx: Tensor, num_experts: int) -> Tensor:

@@ -139,9 +139,9 @@ class Runtime:
                 the call may be captured in a CUDA graph. Rows and counts that matter are on the device; if a rank needs
                 more rows, nothing moves, all counts are 0, combine gives NaN and `overflowed` says so. A replay is one
                 more operation in the order of all: on the stream of the eager calls, not between halves.
-            regime: "throughput", or, for at most `decode_tokens` tokens per rank on GPUs, "latency": one hop without an
-                exchange before it, BF16 rows or `fp8`, layout "grouped", `capacity` as above (None: enough for every
-                choice). At most two such dispatches may be without their second half.
+            regime: "throughput", or, for at most `decode_tokens` tokens per rank on GPUs, "latency": within a node one
+                hop without an exchange before it; BF16 rows or `fp8`, layout "grouped", `capacity` as above (None:
+                enough for every choice). At most two such dispatches may be without their second half.
 
         Returns:
             Dispatched, in the order of docs/design.md section 3.

@@ -59,7 +59,7 @@ class _Template:
         structs = [queue.mesh, self.exchange, self.params]
         if queue.tiers is not None:
             plan = queue.tiers.plan
-            self.tier = TierCall(out_blocks=plan.out_blocks, in_blocks=plan.in_blocks, slot_bytes=self.slot_bytes)
+            self.tier = TierCall(**plan.kernel_fields(), slot_bytes=self.slot_bytes)
             structs.append(self.tier)
         name = "combine_bf16" if shape.code == 1 else "combine_f32"
         self.kernel = KernelCall(
@@ -145,7 +145,6 @@ def _tier_landing_bytes(queue: Any, native: CudaHandle, slot_bytes: int) -> int:
     """What `place_partials` in native/cuda/tier_plan.cuh needs: own partial rows, rows from other nodes, and partial
     rows of the tokens for which this rank is the rail."""
     topology, rank = queue.topology, queue.rank
-    max_tokens = int(queue.config.max_tokens)
     here, sources = topology.ranks_of_node(topology.node(rank)), topology.in_sources(rank)
     if not native.capacity:
         counts = [native.rank_counts[source][r] for source in (rank, *sources) for r in here]
@@ -153,6 +152,6 @@ def _tier_landing_bytes(queue: Any, native: CudaHandle, slot_bytes: int) -> int:
         return sum(align_up(count * slot_bytes, ALIGNMENT) for count in counts)
     topk = int(queue.config.num_topk)
     here_most, away_most = min(len(here), topk), min(topology.num_nodes - 1, topk)
-    most = native.num_tokens * (here_most + away_most) + len(sources) * max_tokens * here_most
+    most = native.num_tokens * (here_most + away_most) + len(sources) * native.most_tokens * here_most
     pieces: int = len(here) * (1 + len(sources)) + topology.num_nodes
     return align_up(most * slot_bytes, ALIGNMENT) + pieces * ALIGNMENT

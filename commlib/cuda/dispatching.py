@@ -8,6 +8,7 @@ import torch
 
 from commlib.cuda.calls import (
     CASTS,
+    DTYPES,
     ELEMENT_BYTES,
     KINDS,
     LAYOUTS,
@@ -16,6 +17,7 @@ from commlib.cuda.calls import (
     check_routing,
     check_rows,
 )
+from commlib.cuda.decode import check_decode, check_decode_rows, most_decode_rows
 from commlib.cuda.landing import dispatch_landing
 from commlib.cuda.launch import plan_dispatch, settle_bytes
 from commlib.cuda.operations import ArenaBytes, CudaHandle, KernelCall, PendingOp
@@ -153,8 +155,7 @@ def _tier_call(queue: Any, shape: _Shape, params: DispatchParams) -> TierCall:
     slot = dispatch_slot(hidden, queue.config.num_topk, params.row_bytes // hidden, is_fresh=shape.is_fresh)
     return TierCall(
         num_tokens=shape.num_tokens,
-        out_blocks=plan.out_blocks,
-        in_blocks=plan.in_blocks,
+        **plan.kernel_fields(),
         is_fresh=shape.is_fresh,
         **slot._asdict(),
     )
@@ -227,6 +228,8 @@ class DispatchOps:
         x, scales, code = check_rows(
             call.x, call.scales, fp8, queue.device, config, None if native is None else native.num_tokens
         )
+        if call.regime == "latency":
+            check_decode_rows(x.shape[0], DTYPES[code], config)
         shape = _Shape(native is None, x.shape[0], code, fp8, layout, alignment, capacity)
         template = self._templates_of(shape)
         params, exchange = template.params, template.exchange
@@ -236,6 +239,7 @@ class DispatchOps:
                 call.topk_idx, call.topk_weights, queue.device, shape.num_tokens, config.num_topk
             )
             native = self._new_handle(shape, template)
+            native.most_tokens = config.decode_tokens if call.regime == "latency" else config.max_tokens
             # Not 0 without tokens: 0 says "by handle".
             params.topk_idx = exchange.topk_idx = topk_idx.data_ptr() or params.slots
             params.topk_weights = exchange.topk_weights = 0 if topk_weights is None else topk_weights.data_ptr()
@@ -258,6 +262,11 @@ class DispatchOps:
 
     def _check_options(self, call: DispatchCall) -> tuple[str, int, int]:
         config, layout = self._queue.config, call.layout
+        if call.regime == "latency":
+            # Between nodes: one node has kernels of its own for it.
+            alignment = check_decode(call, config)
+            most = most_decode_rows(config, self._queue.num_ranks, alignment)
+            return "grouped", alignment, check_capacity(call.capacity) or most
         if call.regime != "throughput":
             raise ConfigError(f'regime={call.regime!r} is not "throughput" or "latency"')
         alignment = config.expert_alignment if call.expert_alignment is None else call.expert_alignment

@@ -65,23 +65,25 @@ class CudaEngine(OpQueue):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._dispatches, self._combines, self._latency = DispatchOps(self), CombineOps(self), LatencyOps(self)
+        self._dispatches, self._combines = DispatchOps(self), CombineOps(self)
+        # Between nodes the regime is the ordinary kernels, with sizes that nobody waits for.
+        self._latency = LatencyOps(self) if self.tiers is None else None
 
     @_on_device
     def dispatch(self, call: DispatchCall) -> Dispatched:
-        if call.regime == "latency":
+        if call.regime == "latency" and self._latency is not None:
             return self._latency.dispatch(call)
         return self._take_dispatch(self._dispatches.issue(call, is_split=False))
 
     @_on_device
     def dispatch_send(self, call: DispatchCall) -> PendingOp | PendingLatency:
-        if call.regime == "latency":
+        if call.regime == "latency" and self._latency is not None:
             return self._latency.dispatch_send(call)
         return self._dispatches.issue(call, is_split=True)
 
     @_on_device
     def dispatch_recv(self, pending: Any) -> Dispatched:
-        if isinstance(pending, PendingLatency):
+        if isinstance(pending, PendingLatency) and self._latency is not None:
             result: Dispatched = self._latency.receive(pending, "latency dispatch")
             return result
         return self._take_dispatch(pending)
@@ -92,19 +94,19 @@ class CudaEngine(OpQueue):
 
     @_on_device
     def combine(self, call: CombineCall) -> Combined:
-        if _is_latency_handle(call.handle):
+        if self._latency is not None and _is_latency_handle(call.handle):
             return self._latency.combine(call)
         return self.combine_recv(self._combines.issue(call, is_split=False))
 
     @_on_device
     def combine_send(self, call: CombineCall) -> PendingOp | PendingLatency:
-        if _is_latency_handle(call.handle):
+        if self._latency is not None and _is_latency_handle(call.handle):
             return self._latency.combine_send(call)
         return self._combines.issue(call, is_split=True)
 
     @_on_device
     def combine_recv(self, pending: Any) -> Combined:
-        if isinstance(pending, PendingLatency):
+        if isinstance(pending, PendingLatency) and self._latency is not None:
             result: Combined = self._latency.receive(pending, "latency combine")
             return result
         self.finish(pending, ("combine",))

@@ -20,6 +20,7 @@ from commlib.cuda.calls import (
     check_rows,
     check_tensor,
 )
+from commlib.cuda.decode import check_decode, check_decode_rows, most_decode_rows
 from commlib.cuda.launch import LATENCY_WARPS, MAX_SHARED_BYTES, message_words, plan_latency
 from commlib.cuda.operations import KernelCall
 from commlib.cuda.params import LatencyCombineCall, LatencyDispatchCall
@@ -99,22 +100,14 @@ class LatencyOps:
 
     def _dispatch_op(self, call: DispatchCall) -> PendingLatency:
         queue, config, fp8 = self._queue, self._queue.config, call.fp8
-        if call.handle is not None or str(call.layout) != "grouped":
-            raise ConfigError('regime="latency" has fresh dispatches in layout "grouped" only')
-        alignment = config.expert_alignment if call.expert_alignment is None else call.expert_alignment
-        if not isinstance(alignment, int) or not 1 <= alignment < 2**20:
-            raise ConfigError(f"expert_alignment={alignment!r} is not an integer in 1..2^20-1")
+        alignment = check_decode(call, config)
         x, _, code = check_rows(call.x, call.scales, fp8, queue.device, config, None)
         num_tokens = int(x.shape[0])
-        if DTYPES[code] != "bfloat16" or num_tokens > self._max_tokens:
-            raise ConfigError(
-                f'regime="latency" takes at most decode_tokens={self._max_tokens} rows of bfloat16, '
-                f"not {num_tokens} of {DTYPES[code]}"
-            )
+        check_decode_rows(num_tokens, DTYPES[code], config)
         topk_idx, topk_weights = check_routing(
             call.topk_idx, call.topk_weights, queue.device, num_tokens, config.num_topk
         )
-        capacity = check_capacity(call.capacity) or self._most_rows(alignment)
+        capacity = check_capacity(call.capacity) or most_decode_rows(config, queue.num_ranks, alignment)
         handle = self._new_handle(num_tokens, capacity)
         out_dtype = torch.bfloat16 if fp8 is None else torch.float8_e4m3fn
         blocks = num_scales(config.hidden) if fp8 is not None else 0
@@ -188,12 +181,6 @@ class LatencyOps:
         words = torch.empty(sum(sizes), dtype=torch.int32, device=queue.device)
         per_expert, offset, state, owners, records = torch.split(words, sizes)
         return LatencyHandle(num_tokens, capacity, per_expert, offset, state, owners, records)
-
-    def _most_rows(self, alignment: int) -> int:
-        config: RuntimeConfig = self._queue.config
-        ranks: int = self._queue.num_ranks
-        experts = config.num_experts // ranks
-        return ranks * self._max_tokens * min(config.num_topk, experts) + experts * (alignment - 1)
 
     def _block_bytes(self) -> int:
         """What the block shares: Choices, then Places in native/cuda/latency_dispatch.cu."""

@@ -15,9 +15,7 @@ __all__ = ["check_limits", "check_multiprocessors"]
 
 
 def check_limits(config: RuntimeConfig, topology: Topology, num_ranks: int) -> None:
-    """Raises ConfigError for more than warps, flags or regimes serve."""
-    if topology.num_nodes > 1 and config.decode_tokens is not None:
-        raise ConfigError(f"the latency regime serves one node, the ranks are on {topology.num_nodes}")
+    """Raises ConfigError for more than warps or flags serve."""
     flags = num_ranks * max(map(topology.num_local_ranks, range(num_ranks))) * config.max_tokens
     if topology.num_nodes > 1 and flags >= 2**27:  # Announcer::kNumberBits in native/cuda/bulk.cuh
         raise ConfigError(

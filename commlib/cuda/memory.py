@@ -18,6 +18,7 @@ import torch
 from commlib.bootstrap import Bootstrap
 from commlib.bootstrap.agreement import allgather_or_raise
 from commlib.config import RuntimeConfig
+from commlib.cuda.decode import most_decode_rows
 from commlib.cuda.driver import Event
 from commlib.cuda.host_page import HostPage
 from commlib.cuda.launch import MAX_PARTS, RECORD_WORDS, message_words
@@ -34,13 +35,20 @@ _LINE = 64
 _LAZY_PEER_ACCESS = 1  # cudaIpcMemLazyEnablePeerAccess
 
 
-def default_heap_bytes(config: RuntimeConfig, num_ranks: int) -> int:
-    """Room for one balanced BF16 dispatch, half as much again, and the landing of its combine."""
+def default_heap_bytes(config: RuntimeConfig, num_ranks: int, num_nodes: int = 1) -> int:
+    """Room for one balanced BF16 dispatch, half as much again, and the landing of its combine.
+
+    Between nodes also for two dispatches of the latency regime, as large as they can get.
+    """
     per_rank = config.max_tokens * config.num_topk
     padding = (config.num_experts // num_ranks) * config.expert_alignment
     rows = (3 * per_rank // 2 + padding) * (2 * config.hidden + 4)
     landing = config.max_tokens * min(config.num_topk, num_ranks) * (2 * config.hidden + record_bytes(config.num_topk))
-    return align_up(rows + 2 * landing, 1 << 20)
+    decode = 0
+    if num_nodes > 1 and config.decode_tokens is not None:
+        most = most_decode_rows(config, num_ranks, config.expert_alignment)
+        decode = 2 * (most * (2 * config.hidden + 4) + num_ranks * config.decode_tokens * record_bytes(config.num_topk))
+    return align_up(rows + 2 * landing + decode, 1 << 20)
 
 
 @dataclass(frozen=True)
@@ -91,7 +99,7 @@ class Regions:
     def _latency_regions(self) -> dict[str, int]:
         """Of the latency regime: two generations of slots for rows, counts and partial rows of BF16."""
         ranks, tokens = self.num_ranks, self.config.decode_tokens
-        if tokens is None:
+        if tokens is None or self.num_nodes > 1:
             return {}
         sizes = self.latency_sizes()
         return {

@@ -37,6 +37,7 @@ class CudaHandle:
     rank_counts: tuple[tuple[int, ...], ...] = ()
     load: tuple[int, ...] = ()
     node_counts: tuple[tuple[int, ...], ...] = ()
+    most_tokens: int = 0  # of any rank
     tier_addresses: tuple[int, ...] = ()  # slot_tokens, token_slots, forward_records of TierCall
 
     @property

@@ -238,12 +238,12 @@ class TierCall(ctypes.Structure):
             for name in (
                 "num_tokens",
                 "out_blocks",
-                "in_blocks",
+                "most_in_blocks",
+                "in_per_copy",
                 "slot_bytes",
                 "scales_offset",
                 "record_offset",
                 "is_fresh",
-                "reserved",
             )
         ),
     ]

@@ -73,8 +73,9 @@ class OpQueue:
             torch.cuda.current_stream().synchronize()  # makes the context
             self._page = HostPage(boot, node_ranks, connect_timeout_s)
             regions = Regions(config, boot.size, num_nodes, max(map(topology.num_local_ranks, range(boot.size))))
-            heap_bytes = config.arena_bytes or default_heap_bytes(config, boot.size)
-            self._kernels = load_executor_kernels(has_latency=config.decode_tokens is not None, has_tiers=num_nodes > 1)
+            heap_bytes = config.arena_bytes or default_heap_bytes(config, boot.size, num_nodes)
+            has_latency = config.decode_tokens is not None and num_nodes == 1
+            self._kernels = load_executor_kernels(has_latency=has_latency, has_tiers=num_nodes > 1)
             self._settle_bytes = settle_bytes(config.num_experts, boot.size)
             self.arena = Arena(boot, node_ranks, self._page, regions, heap_bytes, connect_timeout_s)
             self._stream: Any = torch.cuda.Stream(priority=-1)  # type: ignore[no-untyped-call]

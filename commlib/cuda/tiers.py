@@ -54,7 +54,7 @@ class Tiers:
             config,
             topology,
             exchange_row_bytes=exchange_row_bytes,
-            num_writers=1 + plan.out_blocks + plan.in_blocks,
+            num_writers=1 + plan.out_blocks + plan.most_in_blocks,
             cpus=cpus,
             timeout_s=timeout_s,
         )

@@ -67,13 +67,41 @@ def fp8_swiglu(x: Tensor, row_weights: Tensor, weights: SwiGLUWeights, ends: Ten
 def swiglu_linked(x: Tensor, row_weights: Tensor, weights: SwiGLUWeights, ends: Tensor) -> Tensor:
     """`fp8_swiglu` on good arguments, in the graph of autograd."""
     store = store_for(*weights)
-    given = (*weights, None) if store is None else (None, None, None, weights)
-    y: Tensor = _Experts.apply(ANCHOR, x, row_weights, *given, ends, store)  # type: ignore[no-untyped-call]
+    work: list[Any] | None = None
+    edges: tuple[Tensor | None, ...] = (None, None, None)
+    if store is None:
+        edges = weights
+        if not torch.compiler.is_compiling():
+            work = [None] * len(weights)
+            edges = tuple(
+                _InTurn.apply(weight, work, place)  # type: ignore[no-untyped-call]
+                for place, weight in enumerate(weights)
+            )
+    y: Tensor = _Experts.apply(  # type: ignore[no-untyped-call]
+        ANCHOR, x, row_weights, *edges, weights, ends, store, work
+    )
     return y
 
 
+class _InTurn(torch.autograd.Function):
+    """The edge from `_Experts` to a weight. Its gradient is computed when autograd goes along here, so that the one
+    before has reached its weight, and only one of them takes memory beside those that are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, work: list[Any], place: int) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.work, ctx.place = work, place
+        return weight.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> Any:
+        compute, ctx.work[ctx.place] = ctx.work[ctx.place], None
+        return compute(), None, None
+
+
 class _Experts(torch.autograd.Function):
-    """Weights come one by one, or in a tuple that autograd does not look into: see `overlap.weight_grads`."""
+    """Weights come in a tuple that autograd does not look into, see `overlap.weight_grads`; where they have to be seen,
+    also as `gate`, `up` and `down`: themselves, or edges that lead to them."""
 
     @staticmethod
     def forward(
@@ -81,14 +109,14 @@ class _Experts(torch.autograd.Function):
         anchor: Tensor,
         x: Tensor,
         row_weights: Tensor,
-        gate: Tensor,
-        up: Tensor,
-        down: Tensor,
-        later: SwiGLUWeights | None,
+        gate: Tensor | None,
+        up: Tensor | None,
+        down: Tensor | None,
+        weights: SwiGLUWeights,
         ends: Tensor,
         store: WeightGradStore | None,
+        work: list[Any] | None,
     ) -> Tensor:
-        weights = later or SwiGLUWeights(gate, up, down)
         rows = _as_rows(x)
         gate_out = grouped_mm(rows, cast_weight(weights.gate), ends)
         up_out = grouped_mm(rows, cast_weight(weights.up), ends)
@@ -98,7 +126,8 @@ class _Experts(torch.autograd.Function):
             *(gate_kept.fp8, gate_kept.scales, up_kept.fp8, up_kept.scales),
             *weights,
         )
-        ctx.dtype, ctx.store, ctx.later = x.dtype, store, later
+        ctx.dtype, ctx.store, ctx.work = x.dtype, store, work
+        ctx.later = None if store is None else weights
         # Kept casts are found by the weights themselves; checkpoints hand out others, which are the same memory.
         ctx.weights = weights if is_keeping() else None
         return grouped_mm(inner, cast_weight(weights.down), ends)
@@ -120,14 +149,18 @@ class _Experts(torch.autograd.Function):
             partial(grouped_weight_grad, grad_up, rows, ends, weights.up.dtype),
             partial(_down_grad, grad_y, gate_kept, up_kept, row_weights, ends, weights.down.dtype),
         )
-        if ctx.later is None:
-            is_wanted = ctx.needs_input_grad[3:6]
-            weight_grads = [compute() if each else None for compute, each in zip(work, is_wanted, strict=True)]
-            return None, grad_x, grad_row_weights, *weight_grads, None, None, None
-        for weight, compute in zip(ctx.later, work, strict=True):
-            if weight.requires_grad:
-                ctx.store.put(weight, compute)
-        return None, grad_x, grad_row_weights, *[None] * 6
+        weight_grads: list[Tensor | None] = [None] * len(work)
+        for place, compute in enumerate(work):
+            if ctx.later is not None:
+                if ctx.later[place].requires_grad:
+                    ctx.store.put(ctx.later[place], compute)
+            elif not ctx.needs_input_grad[3 + place]:
+                continue
+            elif ctx.work is None:
+                weight_grads[place] = compute()
+            else:
+                ctx.work[place] = compute
+        return None, grad_x, grad_row_weights, *weight_grads, *[None] * 4
 
 
 def _down_grad(

@@ -71,14 +71,26 @@ def parse_arguments() -> argparse.Namespace:
 
 
 class ResidualLayer:
-    """h -> h + shared(h) + routed(h), in the form that schedules take."""
+    """h -> h + shared(h) + routed(h), in the form that schedules take.
+
+    Attributes:
+        choices: experts of each token, when it was called last. With `are_choices_fixed` they are not chosen anew: a
+            rounding in the layer before would change some of them, and with them whole rows of gradients.
+    """
+
+    choices: Tensor
 
     def __init__(self, layer: MoELayer, exchange: overlap.Exchange) -> None:
-        self._layer, self.exchange = layer, exchange
+        self._layer, self.exchange, self.are_choices_fixed = layer, exchange, False
 
     def attention(self, *state: Tensor) -> overlap.Attended:
         attended = self._layer.attention(*state)
-        return attended._replace(kept=(state[0], attended.kept[0]))
+        shared, scores = attended.kept
+        if self.are_choices_fixed:
+            weights = routing.weigh_experts(scores, self.choices, self._layer.gate_config)
+            attended = attended._replace(topk_idx=self.choices, topk_weights=weights)
+        self.choices = attended.topk_idx
+        return attended._replace(kept=(state[0], shared))
 
     def mlp(self, received: Any) -> Tensor:
         return self._layer.mlp(received)
@@ -106,31 +118,35 @@ class Figures:
         self._x, self._grad = x.requires_grad_(), torch.randn_like(x)
         self._recordings = [Recording(runtime) for _ in self._modules]
         self._expected: dict[str, Tensor] = {}
+        self._times: dict[str, float] = {}
 
     def run(self) -> None:
         count, num_sms = self._arguments.layers, self._arguments.num_sms
         in_turn = (overlap.forward(count, 0), overlap.backward(count, 1))
         beside = (overlap.forward_backward(count, count),)
-        real = self._layers(self._runtime)
-        self._expected = self._gradients(lambda: self._by_schedule(self._layers(*self._recordings), in_turn))
+        real, recorded = self._layers(self._runtime), self._layers(*self._recordings)
+        self._expected = self._gradients(lambda: self._by_schedule(recorded, in_turn))
         replayed = self._layers(*(Replay(each) for each in self._recordings))
-        times = {
-            "in turn": self._measure(lambda: self._by_schedule(real, in_turn)),
-            "overlapped": self._measure(lambda: self._by_schedule(real, beside)),
-            "replaced by nothing": self._measure(lambda: self._by_schedule(replayed, beside)),
-        }
+        self._show("overlapped", self._measure(lambda: self._by_schedule(real, beside)))
+        self._show("in turn", self._measure(lambda: self._by_schedule(real, in_turn)))
+        self._show("replaced by nothing", self._measure(lambda: self._by_schedule(replayed, beside)))
         if self._arguments.device == "cuda":
-            taken = f"replaced by nothing, {num_sms} SMs taken"
-            times[taken] = self._measure(lambda: self._by_schedule(replayed, beside), lambda: occupied(num_sms))
+            seconds = self._measure(lambda: self._by_schedule(replayed, beside), lambda: occupied(num_sms))
+            self._show(f"replaced by nothing, {num_sms} SMs taken", seconds)
         exposed = self._exposed_share(real, beside)
+        if self._ranks.rank == 0:
+            print(f"communication that no computation covers: {exposed:.1%} of the overlapped step", flush=True)
         if not self._arguments.fp8:
             exchange = TorchExchange(None, self._arguments.experts, 128)
-            times["torch"] = self._measure(lambda: self._by_torch(exchange), is_exact=False)
+            choices = [layer.choices for layer in recorded]
+            self._show("torch", self._measure(lambda: self._by_torch(exchange, choices), is_exact=False))
+
+    def _show(self, name: str, seconds: float) -> None:
+        """At once: what follows may fail."""
+        self._times[name] = seconds
         if self._ranks.rank == 0:
-            for name, seconds in times.items():
-                ratio = f"{seconds / times['overlapped']:6.2f} x overlapped"
-                print(f"{name:<40} {seconds * 1e3:10.3f} ms {ratio}")
-            print(f"communication that no computation covers: {exposed:.1%} of the overlapped step")
+            ratio = f"{seconds / self._times['overlapped']:6.2f} x overlapped"
+            print(f"{name:<40} {seconds * 1e3:10.3f} ms {ratio}", flush=True)
 
     # ---- ways
 
@@ -156,8 +172,10 @@ class Figures:
             self._x.grad = behind.take_input_grads()[0]
             behind = ahead
 
-    def _by_torch(self, exchange: TorchExchange) -> Iterator[None]:
+    def _by_torch(self, exchange: TorchExchange, choices: list[Tensor]) -> Iterator[None]:
         layers = self._layers(self._runtime)
+        for layer, each in zip(layers, choices, strict=True):
+            layer.choices, layer.are_choices_fixed = each, True
 
         def forward() -> Tensor:
             state: overlap.State = (self._x,)

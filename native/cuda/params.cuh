@@ -240,11 +240,11 @@ struct TierCall {
   uint32_t* token_slots;     // [token][node]: the inverse
   uint8_t* forward_records;  // [in_source][slot]: record, then the number of each slot's record
   uint32_t num_tokens;
-  uint32_t out_blocks, in_blocks;
+  uint32_t out_blocks;                   // that serve own tokens, if there are any for other nodes
+  uint32_t most_in_blocks, in_per_copy;  // for those of other nodes: see role_blocks()
   uint32_t slot_bytes;
   uint32_t scales_offset, record_offset;  // dispatch
   uint32_t is_fresh;
-  uint32_t reserved;
 };
 
 template <typename T>

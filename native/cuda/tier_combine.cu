@@ -1,6 +1,7 @@
 // Combine among several nodes: the roles of combine.cu, and blocks that serve the network first.
 // Reduce waits for nobody, receive for other nodes' forward_reduce, which waits for reduce.
 #include "cuda/settle.cuh"
+#include "cuda/tier_blocks.cuh"
 #include "cuda/tier_combine.cuh"
 
 namespace commlib::cuda {
@@ -14,10 +15,12 @@ __device__ void combine(const Mesh& mesh, const ExchangeCall& exchange, const Co
   fence_async_shared();  // what settle() left in shared memory, before bulk copies overwrite it
   __syncthreads();
   WarpMemory own = carve_sums(call.piece_bytes, memory);
-  if (blockIdx.x < tier.out_blocks)
-    forward_reduce<T>(mesh, call, tier, exchange.tables.rank_counts, own, blockIdx.x);
-  else if (blockIdx.x < tier.out_blocks + tier.in_blocks)
-    receive(mesh, tier, own, blockIdx.x - tier.out_blocks);
+  const uint32_t* rank_counts = exchange.tables.rank_counts;
+  const TierBlocks blocks = tier_blocks(mesh, tier, rank_counts);
+  if (blockIdx.x < blocks.own)
+    receive(mesh, tier, own, blockIdx.x, blocks.own);
+  else if (blockIdx.x < blocks.own + blocks.others)
+    forward_reduce<T>(mesh, call, tier, rank_counts, own, blockIdx.x - blocks.own, blocks.others);
   if (uint32_t(warp_id()) >= call.final_warps) {
     if (call.weights != nullptr)
       reduce<Summer<T, true>>(mesh, call, own);

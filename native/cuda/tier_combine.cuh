@@ -47,20 +47,21 @@ __device__ bool forward_sum(const Mesh& mesh, const CombineCall& call, const uin
   return true;
 }
 
-// Role of block `number` of tier.out_blocks.
+// Role of block `number` of `blocks`.
 template <typename T>
 __device__ void forward_reduce(const Mesh& mesh, const CombineCall& call, const TierCall& tier,
-                               const uint32_t* rank_counts, WarpMemory& own, uint32_t number) {
+                               const uint32_t* rank_counts, WarpMemory& own, uint32_t number,
+                               uint32_t blocks) {
   DeviceFabric& fabric = *mesh.fabric;
   const Plan& plan = mesh.workspace->plan;
-  const BlockRings rings{number, tier.out_blocks, uint32_t(fabric.num_in_sources)};
+  const BlockRings rings{number, blocks, uint32_t(fabric.num_in_sources)};
   const Outgoing side{mesh,
                       fabric.combine_send,
                       fabric.state.combine_sent,
                       tier.node_counts + fabric.node,
                       uint32_t(fabric.num_nodes),
                       fabric.in_sources,
-                      1 + int(number),
+                      1 + int(tier.out_blocks + number),
                       tier.slot_bytes,
                       true};
   Summer<T, false> sum(own.is_last, own.weights);
@@ -87,19 +88,19 @@ __device__ void forward_reduce(const Mesh& mesh, const CombineCall& call, const 
       [&] { own.pipe.drain(sum); });
 }
 
-// Role of block `number` of tier.in_blocks.
+// Role of block `number` of `blocks`.
 __device__ inline void receive(const Mesh& mesh, const TierCall& tier, WarpMemory& own,
-                               uint32_t number) {
+                               uint32_t number, uint32_t blocks) {
   DeviceFabric& fabric = *mesh.fabric;
   const Plan& plan = mesh.workspace->plan;
-  const BlockRings rings{number, tier.in_blocks, uint32_t(fabric.num_nodes - 1)};
+  const BlockRings rings{number, blocks, uint32_t(fabric.num_nodes - 1)};
   const Incoming side{mesh,
                       fabric.combine_recv,
                       fabric.state.combine_received,
                       tier.node_counts + mesh.rank * fabric.num_nodes,
                       1,
                       fabric.remote_nodes,
-                      1 + int(tier.out_blocks + number),
+                      1 + int(number),
                       tier.slot_bytes,
                       kHomecoming,
                       false};

@@ -2,6 +2,7 @@
 // Those wait for other nodes' blocks of the same kind, which wait for nobody else.
 #include "cuda/expand.cuh"
 #include "cuda/settle.cuh"
+#include "cuda/tier_blocks.cuh"
 #include "cuda/tier_dispatch.cuh"
 
 namespace commlib::cuda {
@@ -15,10 +16,11 @@ extern "C" __global__ void __launch_bounds__(448, 1)
   fence_async_shared();  // what settle() left in shared memory, before bulk copies overwrite it
   __syncthreads();
   WarpMemory own = carve_rows(call.piece_bytes, call.cast, memory);
-  if (blockIdx.x < tier.out_blocks)
-    scale_out_send(mesh, call, tier, own, blockIdx.x);
-  else if (blockIdx.x < tier.out_blocks + tier.in_blocks)
-    forward(mesh, call, tier, own, blockIdx.x - tier.out_blocks);
+  const TierBlocks blocks = tier_blocks(mesh, tier, call.tables.rank_counts);
+  if (blockIdx.x < blocks.own)
+    scale_out_send(mesh, call, tier, own, blockIdx.x, blocks.own);
+  else if (blockIdx.x < blocks.own + blocks.others)
+    forward(mesh, call, tier, own, blockIdx.x - blocks.own, blocks.others);
   push_share(mesh, call, own);
   const Share share = share_of_padding(call);
   if (call.layout == kGrouped && share.has_part) zero_padding(mesh, call, own, share);

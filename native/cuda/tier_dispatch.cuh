@@ -77,11 +77,12 @@ __device__ inline void fill_slot(const Mesh& mesh, const DispatchCall& call, con
   }
 }
 
-// Role of block `number` of tier.out_blocks: each own row once to each other node that wants it.
+// Role of block `number` of `blocks`: each own row once to each other node that wants it.
 __device__ inline void scale_out_send(const Mesh& mesh, const DispatchCall& call,
-                                      const TierCall& tier, WarpMemory& own, uint32_t number) {
+                                      const TierCall& tier, WarpMemory& own, uint32_t number,
+                                      uint32_t blocks) {
   DeviceFabric& fabric = *mesh.fabric;
-  const BlockRings rings{number, tier.out_blocks, uint32_t(fabric.num_nodes - 1)};
+  const BlockRings rings{number, blocks, uint32_t(fabric.num_nodes - 1)};
   if (tier.is_fresh != 0)
     for (uint32_t i = rings.first; i < rings.count; i += rings.step)
       list_slots(mesh, tier, fabric.remote_nodes[i]);
@@ -171,11 +172,11 @@ __device__ inline void forward_slot(const Mesh& mesh, const DispatchCall& call,
   own.announcer.add(is_first ? Tellers::place(rank, int(flag)) : Tellers::kNobody, own.pipe.loaded);
 }
 
-// Role of block `number` of tier.in_blocks: rows from other nodes go on to the ranks here.
+// Role of block `number` of `blocks`: rows from other nodes go on to the ranks here.
 __device__ inline void forward(const Mesh& mesh, const DispatchCall& call, const TierCall& tier,
-                               WarpMemory& own, uint32_t number) {
+                               WarpMemory& own, uint32_t number, uint32_t blocks) {
   DeviceFabric& fabric = *mesh.fabric;
-  const BlockRings rings{number, tier.in_blocks, uint32_t(fabric.num_in_sources)};
+  const BlockRings rings{number, blocks, uint32_t(fabric.num_in_sources)};
   const Incoming side{mesh,
                       fabric.dispatch_recv,
                       fabric.state.dispatch_received,

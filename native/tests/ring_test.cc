@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "channel/counter.hpp"
+#include "channel/role_blocks.hpp"
 #include "tests/proxy_rig.hpp"
 
 using namespace commlib;
@@ -99,6 +100,14 @@ TEST_CASE("geometry: slots that are alive at the same time never overlap") {
       }
     }
   }
+}
+
+TEST_CASE("blocks for the load of a call, as tests/unit/test_traffic.py has it") {
+  const uint64_t loads[][2] = {{100, 100}, {100, 101}, {100, 150}, {100, 800}, {3, 1}};
+  const uint32_t blocks[] = {2, 3, 3, 7, 1};
+  for (size_t i = 0; i < 5; ++i)
+    CHECK(role_blocks(loads[i][0], loads[i][1], 2 * kPerCopyUnit, 7) == blocks[i]);
+  CHECK(role_blocks(0, 0, 2 * kPerCopyUnit, 7) == 0);
 }
 
 TEST_CASE("tickets: arrived in an epoch") {

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from gpu.gpu_job import assert_bits, case_of, check_fp8, check_plain, open_runtime, workload_of
-from gpu.gpu_modes_job import check_autograd
+from gpu.gpu_modes_job import check_autograd, check_latency_regime
 
 from commlib import reference
 from commlib.bootstrap import Bootstrap, connect
@@ -138,6 +138,12 @@ def modes_rank() -> None:
         pending = runtime.combine_send(got.x * 2, got.handle)
         assert_bits(runtime.combine_recv(pending).x, combined, "halves: combine")
     print(f"rank {boot.rank}: modes OK", flush=True)
+
+
+def latency_rank() -> None:
+    boot, device = join()
+    check_latency_regime(boot, device)
+    print(f"rank {boot.rank}: latency OK", flush=True)
 
 
 def timeout_rank() -> None:

@@ -72,6 +72,11 @@ def test_modes() -> None:
     check("modes_rank", 4, 2)
 
 
+@pytest.mark.parametrize("ranks_per_node", [2, 1])
+def test_latency_regime(ranks_per_node: int) -> None:
+    check("latency_rank", 2 * ranks_per_node, ranks_per_node)
+
+
 def test_a_rank_that_stays_away() -> None:
     check("timeout_rank", 4, 2)
 

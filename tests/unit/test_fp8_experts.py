@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -232,6 +235,42 @@ def test_casts_are_kept_for_a_step(is_checkpointed: bool, monkeypatch: pytest.Mo
         assert ours is not None and theirs is not None and torch.equal(ours, theirs)
     with keep_weight_casts(), pytest.raises(ConfigError, match="active already"), keep_weight_casts():
         pass
+
+
+def test_gradients_of_weights_come_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory of each is free when the next is computed, but for the gradients that the weights keep."""
+    module = sys.modules["commlib.experts.fp8_swiglu"]
+    compute, made, wanted = module.grouped_weight_grad, [], []  # type: ignore[attr-defined]
+
+    def watched(*arguments: Any) -> Tensor:
+        assert not any(each() is not None for each in made)
+        grad: Tensor = compute(*arguments)
+        made.append(weakref.ref(grad))
+        return grad
+
+    weights = make_weights()
+    for _ in range(2):
+        fp8_swiglu(make_rows(torch.bfloat16), torch.ones(sum(COUNTS)), weights, ends()).sum().backward()
+        wanted.append([each.grad.clone() for each in weights if each.grad is not None])
+        monkeypatch.setattr(module, "grouped_weight_grad", watched)  # from the second time on, when gradients are there
+    assert len(made) == 3
+    for once, twice in zip(*wanted, strict=True):
+        assert torch.equal(2 * once, twice)
+
+
+@pytest.mark.parametrize("which", ["gate", "up", "down"])
+def test_only_wanted_gradients_of_weights(which: str) -> None:
+    whole_weights, weights = make_weights(), make_weights()
+    for name, each in weights._asdict().items():
+        each.requires_grad_(name == which)
+    for each in (whole_weights, weights):
+        fp8_swiglu(make_rows(torch.bfloat16), torch.ones(sum(COUNTS)), each, ends()).sum().backward()
+    for name, each in weights._asdict().items():
+        assert (each.grad is not None) == (name == which)
+    assert torch.equal(getattr(weights, which).grad, getattr(whole_weights, which).grad)
+    y = fp8_swiglu(make_rows(torch.bfloat16), torch.ones(sum(COUNTS)), whole_weights, ends())
+    (grad,) = torch.autograd.grad(y.sum(), [getattr(whole_weights, which)])
+    assert torch.equal(grad, getattr(weights, which).grad)
 
 
 def test_no_rows_at_all() -> None:

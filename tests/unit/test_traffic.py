@@ -82,6 +82,26 @@ def test_more_fan_out_gets_more_multiprocessors() -> None:
         plan_launch(replace(config, num_sms=2), Topology.uniform(64, 8))
 
 
+def test_the_load_of_a_call_decides_how_many_forward() -> None:
+    config = RuntimeConfig(hidden=7168, num_experts=64, num_topk=8, num_sms=24)
+    plan = plan_launch(config, Topology.uniform(64, 8))
+    rows = 4096
+    assert plan.in_blocks_for(0, 0) == 0
+    traffic = expected_traffic(Topology.uniform(64, 8), num_tokens=rows, num_topk=8, num_experts=64)
+    balanced = round(traffic.received_out), round((traffic.stored_up + traffic.stored_here) * 7 / 8)
+    assert plan.in_blocks_for(*balanced) == plan.in_blocks == 2
+    found = [plan.in_blocks_for(rows, rows * fan_out) for fan_out in range(1, 9)]
+    assert found == sorted(found) and found[0] < found[-1] <= plan.most_in_blocks < 24 - plan.out_blocks
+    # As native/tests/ring_test.cc has it.
+    fixed = replace(plan, blocks_per_copy=2.0, most_in_blocks=7)
+    assert [fixed.in_blocks_for(*each) for each in ((100, 100), (100, 101), (100, 150), (100, 800), (3, 1))] == [
+        2, 3, 3, 7, 1,
+    ]  # fmt: skip
+    given = plan_launch(replace(config, in_blocks=12, out_blocks=11), Topology.uniform(64, 8))
+    assert (given.out_blocks, given.in_blocks, given.most_in_blocks) == (11, 12, 12)
+    assert given.in_blocks_for(*balanced) == 12
+
+
 def test_plan_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--nodes", "8", "256", "--nic-gbytes", "25"]) == 0
     out = capsys.readouterr().out.splitlines()

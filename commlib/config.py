@@ -60,7 +60,7 @@ class RuntimeConfig:
         transport: name of the scale-out transport.
         use_tuned_plan: whether a plan that `commlib bench --tune` has found for this shape and topology replaces
             `chunk_tokens`, `chunk_bytes`, `ring_bytes`, `out_blocks` and `in_blocks` where they have their defaults and
-            the environment says nothing.
+            the environment says nothing. Without one, GPUs of several nodes get chunks of 256 KiB in rings of 4 MiB.
 
     Raises:
         ConfigError: a value breaks a rule; the message holds the value and the rule.

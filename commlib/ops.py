@@ -29,7 +29,7 @@ from commlib.quant import Fp8Rows, dequantize
 from commlib.routing import GateConfig, GateOutput
 from commlib.runtime import Runtime
 
-__all__ = ["LinkedHandle", "combine", "dispatch", "gate", "save_communication"]
+__all__ = ["LinkedHandle", "combine", "dispatch", "dispatch_layout", "gate", "save_communication"]
 
 
 class LinkedHandle(Handle):
@@ -63,6 +63,18 @@ def gate(
         if fits(config):
             return fused_gate(logits, config, bias, num_sms=num_sms)
     return routing.gate(logits, config, bias)
+
+
+def dispatch_layout(
+    topk_idx: torch.Tensor, num_experts: int, num_ranks: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`commlib.routing.dispatch_layout`, on CUDA tensors as one kernel."""
+    if topk_idx.is_cuda and topk_idx.dtype == torch.int64 and num_experts % num_ranks == 0:
+        from commlib.cuda.dispatch_layout import MAX_COUNTERS, MAX_RANKS, count_layout
+
+        if num_ranks <= MAX_RANKS and num_experts + num_ranks <= MAX_COUNTERS:
+            return count_layout(topk_idx, num_experts, num_ranks)
+    return routing.dispatch_layout(topk_idx, num_experts, num_ranks)
 
 
 def dispatch(

@@ -22,6 +22,7 @@ __all__ = [
     "GateConfig",
     "GateOutput",
     "affinity",
+    "dispatch_layout",
     "expert_load",
     "gate",
     "select_experts",
@@ -242,6 +243,29 @@ def weigh_experts(scores: Tensor, topk_idx: Tensor, config: GateConfig) -> Tenso
         # The inner where keeps 0/0 out of the branch that is not taken: its gradient would be NaN all the same.
         weights = torch.where(is_zero, 1.0 / topk_idx.shape[-1], weights / torch.where(is_zero, 1.0, total))
     return weights * config.route_scale
+
+
+def dispatch_layout(topk_idx: Tensor, num_experts: int, num_ranks: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Where tokens go, without communication or waiting for the device.
+
+    Args:
+        topk_idx: int64 [num_tokens, num_topk], -1 = none.
+        num_experts: experts over all ranks.
+        num_ranks: ranks of the group; divides `num_experts`.
+
+    Returns:
+        (int32 [num_ranks] tokens per rank, int32 [num_experts] tokens per expert, bool [num_tokens, num_ranks]).
+    """
+    if num_experts % num_ranks:
+        raise ConfigError(f"num_experts={num_experts} is not divisible by num_ranks={num_ranks}")
+    # -1 becomes num_experts, one place more than there are; it falls to a rank of its own.
+    expert = topk_idx.remainder(num_experts + 1)
+    rank = expert.div(num_experts // num_ranks, rounding_mode="floor")
+    one = torch.ones(1, dtype=torch.int32, device=topk_idx.device)
+    per_expert = one.new_zeros(num_experts + 1).scatter_add_(0, expert.flatten(), one.expand(expert.numel()))
+    in_rank = one.new_zeros((topk_idx.shape[0], num_ranks + 1), dtype=torch.bool).scatter_(1, rank, True)
+    in_rank = in_rank[:, :num_ranks].contiguous()
+    return in_rank.sum(0, dtype=torch.int32), per_expert[:num_experts], in_rank
 
 
 def expert_load(topk_idx: Tensor, num_experts: int) -> Tensor:

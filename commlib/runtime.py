@@ -27,6 +27,7 @@ from commlib.tuned_plans import (
     TUNED_FIELDS,
     Plans,
     apply_plan,
+    built_in_plan,
     default_file,
     read_plans,
     shape_key,
@@ -90,11 +91,12 @@ class Runtime:
                 local_rank = self.topology.local_rank(self.rank)
                 transport = agree_on_transport(boot, local_rank, connect_timeout_s)
                 self.config = dataclasses.replace(self.config, transport=transport)
-            plan = plans.of_topology(topology_key(self.topology, self.config.transport))
+            tuned = plans.of_topology(topology_key(self.topology, self.config.transport)) or {}
             self._plan_text = ""
-            if plan is not None:
+            if self.config.use_tuned_plan:
+                plan = {**built_in_plan(_kind_of(device), self.topology), **tuned}
                 self.config = apply_plan(self.config, plan, env)
-                in_use = {name: value for name, value in plan.items() if getattr(self.config, name) == value}
+                in_use = {name: value for name, value in tuned.items() if getattr(self.config, name) == value}
                 if in_use:
                     self._plan_text = f"\ntuned plan, from rank 0's file: {json.dumps(in_use)}"
             self._executor: Executor = make_executor(boot, self.config, self.topology, self._id, connect_timeout_s)

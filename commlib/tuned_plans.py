@@ -23,6 +23,7 @@ __all__ = [
     "Plan",
     "Plans",
     "apply_plan",
+    "built_in_plan",
     "default_file",
     "read_plans",
     "shape_key",
@@ -35,6 +36,8 @@ _VERSION = 2
 
 # Fields of RuntimeConfig that a plan may set.
 TUNED_FIELDS = ("chunk_tokens", "chunk_bytes", "ring_bytes", "out_blocks", "in_blocks")
+# Without a plan from a file: between nodes GPUs run ahead of a proxy by more than the default ring holds.
+_BETWEEN_GPUS = {"chunk_bytes": 256 << 10, "ring_bytes": 4 << 20}
 # What a plan was measured with, and is good for.
 _SHAPE_FIELDS = (
     "hidden",
@@ -130,6 +133,11 @@ def store_plan(path: Path, shape: dict[str, Any], topology: dict[str, Any], plan
     entry = Entry(shape, topology, plan)
     kept = [each for each in read_plans(path).entries if each[:2] != entry[:2]]
     write_whole(path, Plans((*kept, entry)).to_bytes())
+
+
+def built_in_plan(device: str, topology: Topology) -> Plan:
+    """What holds for a Runtime without a plan from a file; `device` as for `shape_key`, or "cuda"."""
+    return dict(_BETWEEN_GPUS) if device != "cpu" and topology.num_nodes > 1 else {}
 
 
 def apply_plan(config: RuntimeConfig, plan: Plan, env: Env) -> RuntimeConfig:

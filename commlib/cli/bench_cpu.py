@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from commlib.bootstrap import connect
 from commlib.cli.baselines import AlltoallvExchange, memcpy_seconds
 from commlib.cli.bench import Shape
 from commlib.cli.put_limit import PutLimit
@@ -112,7 +113,8 @@ class _Bench:
         self.comm = comm
         self.shape = shape
         self.arguments = arguments
-        self.runtime = Runtime(comm, _config_of(shape, arguments))
+        self.boot = connect(comm)
+        self.runtime = Runtime(self.boot, _config_of(shape, arguments))
         self.inputs = _make_inputs(shape, self.runtime, arguments.max_nodes, arguments.seed)
         self.baseline = AlltoallvExchange(comm, shape.num_experts)
         self.times: dict[str, list[float]] = {}
@@ -144,7 +146,7 @@ class _Bench:
             return {}
         config = self.runtime.config
         ways = {"chunk": (config.chunk_bytes, config.ring_bytes // config.chunk_bytes), "large": (256 << 10, 16)}
-        return {name: PutLimit(self.comm, self.runtime, lower_bound, *way) for name, way in ways.items()}
+        return {name: PutLimit(self.boot, self.runtime, lower_bound, *way) for name, way in ways.items()}
 
     def _timed(self, name: str, is_counted: bool, call: Callable[[], Any]) -> Any:
         self.comm.Barrier()

@@ -71,9 +71,12 @@ class CudaBench:
             num_sms=num_sms,
             num_local_sms=self.num_local_sms,
             decode_tokens=arguments.decode_tokens or None,
+            chunk_bytes=arguments.chunk_bytes,
+            ring_bytes=arguments.ring_bytes,
             timeout_s=20.0,
         )
         self.lines: list[dict[str, Any]] = []
+        self.network: Any = None
         self._limit_rate = float("nan")  # bytes per microsecond
 
     def run(self) -> None:
@@ -81,6 +84,10 @@ class CudaBench:
             self.runtime: Runtime = runtime
             self.executor: Any = runtime._executor
             self._measure_limit()
+            if runtime.topology.num_nodes > 1:
+                from commlib.cli.network_limit import NetworkLimit  # here: one node needs no native core
+
+                self.network = NetworkLimit(self.boot, runtime, self.rows.rows_per_node(runtime.topology))
             for layout, fp8 in (("grouped", None), ("rows", None), ("grouped", "pow2"), ("rows", "pow2")):
                 self._dispatch(layout, fp8)
             self._combine("grouped", is_weighted=True)
@@ -110,6 +117,8 @@ class CudaBench:
 
     def _measure_limit(self) -> None:
         limit = PushLimit(self.executor, self.rows.own(), self.num_sms)
+        if not limit.has_peers:
+            return
         num_rows = max(self.rows.num_remote_rows)
         for way in limit.ways():
             prepared = limit.prepare(num_rows, way)
@@ -137,7 +146,7 @@ class CudaBench:
         def call(_: int) -> Any:
             return self.runtime.combine(y, got.handle, weights=weights)
 
-        times = self._timed(call, lambda _, result: rows.check_combined(0, result.x, layout, is_weighted=is_weighted))
+        times = self._timed(call, lambda _, result: self._check_combined(rows, result, layout, is_weighted))
         self._report_rows("combine", times, 2, layout=layout, dtype="bf16", weighted=is_weighted)
 
     def _nccl(self) -> None:
@@ -241,7 +250,7 @@ class CudaBench:
                 if name.startswith("decode dispatch"):
                     rows.check_counted(0, result, "pow2")
                 else:
-                    rows.check_combined(0, result.x, "grouped", is_weighted=True)
+                    self._check_combined(rows, result, "grouped", True)
             each = {key: round(value / _CHAIN, 1) for key, value in times.items()}
             self._report(what=name, decode_tokens=arguments.decode_tokens, chain=_CHAIN, checked=True, **each)
 
@@ -294,17 +303,20 @@ class CudaBench:
     def _slowest(self, value: float) -> float:
         return float(max(json.loads(text) for text in self.boot.allgather(json.dumps(value).encode(), timeout_s=60)))
 
+    def _check_combined(self, rows: RoutedRows, result: Any, layout: str, is_weighted: bool) -> None:
+        rows.check_combined(0, result.x, layout, self.runtime.topology, is_weighted=is_weighted)
+
     def _report_rows(self, what: str, times: dict[str, float], element_bytes: int, **values: Any) -> None:
-        """The bytes of the rank that sends most, mean over routings."""
-        moved = float(np.mean(self.rows.num_remote_rows)) * self.shape.hidden * element_bytes
-        self._report(
-            what=what,
-            **values,
-            checked=True,
-            gb_s=round(moved / times["us"] / 1e3, 1),
-            of_push_limit=round(moved / times["us"] / self._limit_rate, 3) if self._limit_rate else None,
-            **times,
-        )
+        """The bytes of the rank that sends most, mean over routings; between nodes those that cross the network."""
+        if self.network is not None:
+            scales = 4 * (self.shape.hidden // 128) if element_bytes == 1 else 0
+            row_bytes = self.shape.hidden * element_bytes + scales
+            moved, put_us = self.network.measure(row_bytes, is_combine="combine" in what)
+            share = {"put_us": round(put_us, 1), "of_put_limit": round(put_us / times["us"], 3)}
+        else:
+            moved = float(np.mean(self.rows.num_remote_rows)) * self.shape.hidden * element_bytes
+            share = {"of_push_limit": round(moved / times["us"] / self._limit_rate, 3)}
+        self._report(what=what, **values, checked=True, gb_s=round(moved / times["us"] / 1e3, 1), **share, **times)
 
     def _report(self, **values: Any) -> None:
         if self.boot.rank != 0:
@@ -336,13 +348,16 @@ class CudaBench:
                 continue
             name = " ".join(str(line[key]) for key in ("what", "way", "layout", "dtype") if key in line)
             share = f"  {line['gb_s']:7.1f} GB/s" if "gb_s" in line else ""
-            share += f"  {line['of_push_limit']:.2f} of the push limit" if line.get("of_push_limit") else ""
+            for limit in ("push", "put"):
+                share += (
+                    f"  {line[f'of_{limit}_limit']:.2f} of the {limit} limit" if f"of_{limit}_limit" in line else ""
+                )
             print(f"  {name:<28} median {line['us']:8.1f}  p99 {line['us_p99']:8.1f}{share}")
         print(flush=True)
 
 
 class CudaTrial:
-    """See `tune.Trial`. Written for several nodes; not run on hardware yet."""
+    """See `tune.Trial`."""
 
     def __init__(self, bench: CudaBench) -> None:
         self._bench, self.rank = bench, bench.boot.rank

@@ -35,27 +35,31 @@ class PushLimit:
         self._executor, self._rows, self._num_sms = executor, rows, num_sms
         self._row_bytes = rows.shape[1] * rows.element_size()
         self._kernel = load_kernels(compile_unit("push_limit", default_cache())[0], {"push_limit": MAX_SHARED_BYTES})
-        self._num_peers = executor.num_ranks - 1
+        self._peers = executor.topology.scale_up_peers(executor.rank)
+
+    @property
+    def has_peers(self) -> bool:
+        """Whether there is anybody to push to: other ranks of the own node."""
+        return bool(self._peers)
 
     def ways(self) -> list[Way]:
         """The faster one counts."""
         return [Way("7 warps, half rows", 7, 2), Way("14 warps, quarter rows", 14, 4)]
 
     def pushed_rows(self, num_rows: int) -> int:
-        peers: int = self._num_peers
-        return num_rows // max(1, peers) * peers
+        return num_rows // max(1, len(self._peers)) * len(self._peers)
 
     def prepare(self, num_rows: int, way: Way) -> tuple[KernelArguments, int, int]:
         """As many rows to each peer, `num_rows` in all."""
-        executor, per_peer = self._executor, num_rows // max(1, self._num_peers)
+        executor, per_peer = self._executor, num_rows // max(1, len(self._peers))
         call = PushLimitCall(
             rows=self._rows.data_ptr(),
-            num_peers=self._num_peers,
+            num_peers=len(self._peers),
             num_rows=per_peer,
             row_bytes=self._row_bytes,
             piece_bytes=self._row_bytes // way.pieces,
         )
-        for place, peer in enumerate(p for p in range(executor.num_ranks) if p != executor.rank):
+        for place, peer in enumerate(self._peers):
             call.landing[place] = executor.arena.heap_base[peer] + executor.rank * per_peer * self._row_bytes
         return KernelArguments(call), 32 * way.warps, push_limit_bytes(way.warps, call.piece_bytes)
 

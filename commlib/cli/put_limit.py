@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
 
 from commlib import _native
+from commlib.bootstrap import Bootstrap
 from commlib.env import read_env
 from commlib.runtime import Runtime
 from commlib.transport import transport_options
@@ -16,25 +17,28 @@ class PutLimit:
     """Plain puts of as many bytes as dispatch (to the rails) or combine (home) must carry at least.
 
     Args:
-        comm: mpi4py communicator of the Runtime's ranks.
+        boot: the Runtime's ranks.
         runtime: for its topology and transport.
         lower_bound: [node] bytes from this rank.
         message_bytes: size of a put.
         window: puts in flight.
     """
 
-    def __init__(self, comm: Any, runtime: Runtime, lower_bound: list[int], message_bytes: int, window: int) -> None:
+    def __init__(
+        self, boot: Bootstrap, runtime: Runtime, lower_bound: list[int], message_bytes: int, window: int
+    ) -> None:
         topology, config, rank = runtime.topology, runtime.config, runtime.rank
-        self._comm = comm
+        self._boot = boot
         self._timeout_s = config.timeout_s
         options = transport_options(read_env())
         options.node = topology.node(rank)
         options.local_rank = topology.local_rank(rank)
-        self._probe = _native.GoodputProbe(config.transport, rank, comm.size, message_bytes, window, options)
-        addresses = comm.allgather(self._probe.address())
+        self._probe = _native.GoodputProbe(config.transport, rank, boot.size, message_bytes, window, options)
+        addresses = boot.allgather(self._probe.address(), timeout_s=self._timeout_s)
         for peer in topology.scale_out_peers(rank):
             self._probe.connect(peer, addresses[peer])
-        bounds = comm.allgather(lower_bound)
+        blobs = boot.allgather(json.dumps(lower_bound).encode(), timeout_s=self._timeout_s)
+        bounds = [json.loads(blob) for blob in blobs]
         node = topology.node(rank)
         nodes = [n for n in range(topology.num_nodes) if n != node]
         self._rails = [topology.rail(rank, n) for n in nodes]
@@ -46,7 +50,7 @@ class PutLimit:
     def seconds(self, *, is_combine: bool) -> float:
         """Time of one direction; collective."""
         self._round += 1
-        self._comm.Barrier()
+        self._boot.barrier(self._timeout_s)
         targets, sizes, sources = (
             (self._in_sources, self._home, self._rails) if is_combine else (self._rails, self._out, self._in_sources)
         )
@@ -55,5 +59,5 @@ class PutLimit:
 
     def close(self) -> None:
         """Leaves together, so that nobody loses a peer."""
-        self._comm.Barrier()
+        self._boot.barrier(self._timeout_s)
         del self._probe

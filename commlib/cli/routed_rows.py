@@ -10,6 +10,7 @@ from commlib.bootstrap import Bootstrap
 from commlib.config import RuntimeConfig
 from commlib.quant import quantize_e4m3
 from commlib.testing.workloads import make_workload
+from commlib.topology import Topology
 
 __all__ = ["RoutedRows"]
 
@@ -77,6 +78,18 @@ class RoutedRows:
         owners = self._owners(which, source)
         return sum(int((owners == peer).any(dim=1).sum()) for peer in range(self.num_ranks) if peer != source)
 
+    def rows_per_node(self, topology: Topology) -> list[int]:
+        """[node] own tokens with an expert there, mean over routings; 0 for the own node."""
+        mean = []
+        for node in range(topology.num_nodes):
+            ranks = torch.tensor(topology.ranks_of_node(node), device=self.own().device)
+            counts = [
+                int(torch.isin(self._owners(which, self.rank), ranks).any(dim=1).sum())
+                for which in range(self.num_routings)
+            ]
+            mean.append(0 if node == topology.node(self.rank) else round(sum(counts) / len(counts)))
+        return mean
+
     def most_rows(self, alignment: int) -> int:
         """Rows of the largest output in layout "grouped" of any routing on any rank."""
         most = 0
@@ -138,20 +151,24 @@ class RoutedRows:
             row += len(tokens)
         assert row == got.x.shape[0], f"{got.x.shape[0]} rows, expected {row}"
 
-    def check_combined(self, which: int, out: Any, layout: str, *, is_weighted: bool) -> None:
-        """Raises AssertionError unless `out` is the sum of copies of the own rows, rounded once per rank and once more.
+    def check_combined(self, which: int, out: Any, layout: str, topology: Topology, *, is_weighted: bool) -> None:
+        """Raises AssertionError unless `out` is the sum of copies of the own rows, rounded once per rank, once more
+        per other node, and at the end.
 
         Copies of one row times these weights add up exactly in FP32, so plain sums say what every rounding must give.
         """
         owners, x = self._owners(which, self.rank), self._x[self.rank].float()
         of_slot = self.weights if is_weighted else torch.ones_like(self.weights)
         total = torch.zeros_like(x)
-        for peer in range(self.num_ranks):
-            is_there = owners == peer
-            factor = torch.where(is_there, of_slot, 0.0).sum(dim=1)[:, None]
-            if layout == "rows":
-                factor = is_there.any(dim=1)[:, None].float()
-            total += (factor * x).to(torch.bfloat16).float()
+        for node in range(topology.num_nodes):
+            of_node = torch.zeros_like(x)
+            for peer in topology.ranks_of_node(node):
+                is_there = owners == peer
+                factor = torch.where(is_there, of_slot, 0.0).sum(dim=1)[:, None]
+                if layout == "rows":
+                    factor = is_there.any(dim=1)[:, None].float()
+                of_node += (factor * x).to(torch.bfloat16).float()
+            total += of_node if node == topology.node(self.rank) else of_node.to(torch.bfloat16).float()
         assert torch.equal(out, total.to(torch.bfloat16)), "combined rows"
 
     def check_summed(self, which: int, out: Any) -> None:

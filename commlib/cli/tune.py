@@ -19,7 +19,15 @@ from commlib.env import read_env
 from commlib.errors import CapacityError, ConfigError
 from commlib.launch_plan import plan_launch
 from commlib.topology import Topology
-from commlib.tuned_plans import Plan, default_file, shape_key, store_plan, topology_key
+from commlib.tuned_plans import (
+    Plan,
+    apply_plan,
+    built_in_plan,
+    default_file,
+    shape_key,
+    store_plan,
+    topology_key,
+)
 
 __all__ = ["MARGIN", "Trial", "default_plan", "printer", "search", "tune"]
 
@@ -96,7 +104,8 @@ def default_plan(trial: Trial) -> Plan:
     if is_cpu:
         plan["chunk_tokens"] = config.chunk_tokens
     if has_network:
-        plan |= {"chunk_bytes": config.chunk_bytes, "ring_bytes": config.ring_bytes}
+        start = apply_plan(config, built_in_plan(trial.device, trial.topology), read_env())
+        plan |= {"chunk_bytes": start.chunk_bytes, "ring_bytes": start.ring_bytes}
     if has_network and not is_cpu:
         launch = plan_launch(config, trial.topology)
         plan |= {"out_blocks": launch.out_blocks, "in_blocks": launch.in_blocks}

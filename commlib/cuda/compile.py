@@ -32,6 +32,7 @@ UNITS = (
     "latency_dispatch",
     "latency_combine",
     "gate",
+    "dispatch_layout",
     "quant",
     "e5m6",
     "swiglu",

@@ -27,7 +27,15 @@ __all__ = ["grouped_mm", "grouped_weight_grad"]
 _TOGETHER = 8  # tiles one below the other that run at the same time
 
 
-def grouped_mm(x: Tensor, x_scales: Tensor, w: Tensor, w_scales: Tensor, ends: Tensor, dtype: torch.dtype) -> Tensor:
+def grouped_mm(
+    x: Tensor,
+    x_scales: Tensor,
+    w: Tensor,
+    w_scales: Tensor,
+    ends: Tensor,
+    dtype: torch.dtype,
+    add_to: Tensor | None = None,
+) -> Tensor:
     """`y[r] = x[r] W[e]^T` for the rows r of each expert e.
 
     Args:
@@ -37,9 +45,10 @@ def grouped_mm(x: Tensor, x_scales: Tensor, w: Tensor, w_scales: Tensor, ends: T
         w_scales: FP32 [E, N / 128, K / 128].
         ends: int32 [E], on the device.
         dtype: of the result, BF16 or FP32.
+        add_to: [T, N] of `dtype`, contiguous: the product is added to it, before anything is rounded.
 
     Returns:
-        [T, N].
+        [T, N], `add_to` if that is given.
 
     Raises:
         ConfigError: shapes that do not fit, or a dimension that is no multiple of 128.
@@ -52,16 +61,21 @@ def grouped_mm(x: Tensor, x_scales: Tensor, w: Tensor, w_scales: Tensor, ends: T
     expected = [[num_rows, blocks], [num_experts, width // SCALE_BLOCK, blocks], [num_experts]]
     if depth != w_depth or shapes != expected:
         raise ConfigError(f"x {list(x.shape)} and w {list(w.shape)} come with scales and ends {shapes}")
-    out = torch.empty(num_rows, width, dtype=dtype, device=x.device)
-    if depth == 0:
+    out = torch.empty(num_rows, width, dtype=dtype, device=x.device) if add_to is None else add_to
+    if add_to is not None and (list(out.shape), out.dtype, out.is_contiguous()) != ([num_rows, width], dtype, True):
+        raise ConfigError(f"add_to is {out.dtype} {list(out.shape)}, the rule: contiguous {dtype} {[num_rows, width]}")
+    if depth == 0 and add_to is None:
         out.zero_()
-    elif out.numel() and num_experts:
+    elif out.numel() and num_experts and depth:
         columns = width // SCALE_BLOCK
         _launch(
             rows_kernel,
             num_rows // SCALE_BLOCK * columns,
             (_tiles(x), x_scales.contiguous(), _tiles(w.flatten(0, 1)), w_scales.contiguous(), ends.contiguous(), out),
-            (width, depth, num_rows, num_experts, columns, triton.next_power_of_2(num_experts), SCALE_BLOCK, _TOGETHER),
+            (
+                *(width, depth, num_rows, num_experts, columns, triton.next_power_of_2(num_experts)),
+                *(SCALE_BLOCK, _TOGETHER, add_to is not None),
+            ),
         )
     return out
 

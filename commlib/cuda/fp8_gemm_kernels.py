@@ -24,9 +24,10 @@ def rows_kernel(
     lanes: tl.constexpr,
     block: tl.constexpr,
     together: tl.constexpr,
+    is_added: tl.constexpr,
 ):
-    """A tile of 128 rows and 128 columns of `out` [T, width]. Programs that run at the same time share operands in the
-    cache: `together` tiles one below the other, then the columns beside them."""
+    """A tile of 128 rows and 128 columns of `out` [T, width], or what is added to it. Programs that run at one time
+    share operands in the cache: `together` tiles one below the other, then the columns beside them."""
     group = tl.program_id(0) // (together * num_columns)
     number = tl.program_id(0) % (together * num_columns)
     height = min(num_rows // block - group * together, together)
@@ -46,6 +47,8 @@ def rows_kernel(
             scale = tl.load(x_scale_at + k) * tl.load(w_scale_at + k)
             total += tl.dot(of_rows, of_columns.T) * scale[:, None]
         at = rows.to(tl.int64)[:, None] * width + columns[None, :]
+        if is_added:
+            total += tl.load(out + at).to(tl.float32)
         tl.store(out + at, total.to(out.dtype.element_ty))
 
 

@@ -8,6 +8,7 @@ import torch
 
 from commlib.config import RuntimeConfig
 from commlib.cuda.compile import compile_unit, default_cache
+from commlib.cuda.dispatch_layout import load_layout
 from commlib.cuda.driver import Kernel, load_kernels
 from commlib.cuda.gate import load_gate
 from commlib.cuda.launch import MAX_SHARED_BYTES
@@ -33,6 +34,7 @@ def load_executor_kernels(*, has_latency: bool, has_tiers: bool) -> dict[str, Ke
         wanted["tier_dispatch"] = {"tier_dispatch": MAX_SHARED_BYTES}
         wanted["tier_combine"] = {"tier_combine_bf16": MAX_SHARED_BYTES, "tier_combine_f32": MAX_SHARED_BYTES}
     load_gate(torch.cuda.current_device())
+    load_layout(torch.cuda.current_device())
     if has_latency:
         wanted |= {name: {name: MAX_SHARED_BYTES} for name in ("latency_dispatch", "latency_combine")}
     kernels: dict[str, Kernel] = {}

@@ -357,6 +357,7 @@ class Arena:
         self._peers = [rank for rank in node_ranks if rank != boot.rank]
         self.regions = regions
         self._num_retired = 0
+        self._replaced: list[tuple[Heap, Segment]] = []
         self.base = [0] * boot.size  # of control regions
         self.heap_base = [0] * boot.size
         is_shared = boot.size > 1  # also where this rank is alone on its node: all tell as much
@@ -397,6 +398,8 @@ class Arena:
         self.page.retire(self._num_retired)
         self.page.wait_retired(self._num_retired, self._timeout_s)
         if own is not None:
+            self._replaced = [(heap, segment) for heap, segment in self._replaced if segment.address]
+            self._replaced.append((self.heap, self._segment))
             self.heap.when_unused(self._segment.free)
             self._segment = own
             self.heap_base[self.rank] = own.address
@@ -404,13 +407,25 @@ class Arena:
 
     @property
     def num_bytes(self) -> int:
-        """Of the control region and the heap in use."""
-        return self._control.num_bytes + self._segment.num_bytes
+        """Of the control region and the heaps."""
+        return self._control.num_bytes + self.heap_bytes
+
+    @property
+    def heap_bytes(self) -> int:
+        """Of the heap and of those before it in which results still lie."""
+        return self._segment.num_bytes + sum(segment.num_bytes for _, segment in self._replaced if segment.address)
+
+    @property
+    def used_bytes(self) -> int:
+        """Of `heap_bytes`, what results and handles occupy."""
+        replaced = sum(heap.used_bytes for heap, segment in self._replaced if segment.address)
+        return self.heap.used_bytes + replaced
 
     def close(self, *, is_quiet: bool) -> None:
         """Unmaps and frees. `is_quiet`: all ranks come and nobody writes any more; otherwise everything stays."""
         if not is_quiet:  # own kernels, too, may still write to peers
-            _logger.warning("rank %d keeps %s mapped: kernels may still write there", self.rank, self.num_bytes)
+            size = format_bytes(self.num_bytes)
+            _logger.warning("rank %d keeps %s mapped: kernels may still write there", self.rank, size)
             return
         for rank in self._peers:
             unmap_peer(self.base[rank])

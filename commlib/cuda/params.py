@@ -36,6 +36,7 @@ __all__ = [
     "LatencyCombineCall",
     "LatencyDispatchCall",
     "LatencyRegions",
+    "LayoutCall",
     "Mesh",
     "PushLimitCall",
     "Tables",
@@ -348,6 +349,13 @@ class GateCall(ctypes.Structure):
     ]
 
 
+class LayoutCall(ctypes.Structure):
+    _fields_ = [
+        *((name, _POINTER) for name in ("topk_idx", "tokens_per_rank", "tokens_per_expert", "is_token_in_rank")),
+        *((name, c_uint32) for name in ("num_tokens", "num_topk", "num_experts", "num_ranks")),
+    ]
+
+
 class PushLimitCall(ctypes.Structure):
     _fields_ = [
         ("rows", _POINTER),
@@ -368,6 +376,7 @@ _MIRRORS_OF = {
     "latency_combine": (LatencyRegions, LatencyCombineCall),
     "push_limit": (PushLimitCall,),
     "gate": (GateCall,),
+    "dispatch_layout": (LayoutCall,),
     "e5m6": (CastE5m6Call, UncastE5m6Call),
     "quant": (CastRowsCall, CastWeightCall, RetileCall),
     "swiglu": (SwigluCall, SwigluAgainCall, SwigluBackwardCall),

@@ -387,7 +387,7 @@ class OpQueue:
 
     def memory(self) -> MemoryReport:
         registered = 0 if self.tiers is None else self.tiers.registered_bytes
-        return MemoryReport(self.arena.num_bytes + registered, self.arena.heap.num_bytes, self.arena.heap.used_bytes)
+        return MemoryReport(self.arena.num_bytes + registered, self.arena.heap_bytes, self.arena.used_bytes)
 
     def close(self) -> None:
         """All ranks come, then memory is freed; after a fault it waits for nobody. Raises what `check` would."""

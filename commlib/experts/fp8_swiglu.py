@@ -142,7 +142,7 @@ class _Experts(torch.autograd.Function):
         grad_inner = grouped_mm(grad_y, cast_weight(weights.down, turned=True), ends)
         grad_gate, grad_up, grad_row_weights = casts_for(x).swiglu_backward(grad_inner, gate_kept, up_kept, row_weights)
         grad_x = grouped_mm(grad_gate, cast_weight(weights.gate, turned=True), ends)
-        grad_x += grouped_mm(grad_up, cast_weight(weights.up, turned=True), ends)
+        grad_x = grouped_mm(grad_up, cast_weight(weights.up, turned=True), ends, add_to=grad_x)
 
         work = (
             partial(grouped_weight_grad, grad_gate, rows, ends, weights.gate.dtype),

@@ -35,12 +35,16 @@ def quantize_experts(weight: Tensor) -> Fp8Weight:
     return Fp8Weight(*casts_for(weight).quantize_weight(weight.detach(), pow2=True))
 
 
-def grouped_mm(x: Fp8Rows, weight: Fp8Weight, ends: Tensor) -> Tensor:
-    """`y[r] = x[r] W[e]^T`: [T, K], [E, N, K] -> [T, N] in the dtype of `x`; T and N multiples of 128."""
+def grouped_mm(x: Fp8Rows, weight: Fp8Weight, ends: Tensor, add_to: Tensor | None = None) -> Tensor:
+    """`y[r] = x[r] W[e]^T`: [T, K], [E, N, K] -> [T, N] in the dtype of `x`; T and N multiples of 128.
+
+    With `add_to`, such a result, the product is added to it, and `add_to` is returned.
+    """
     if kernels := _kernels(x.fp8.device.type):
-        y: Tensor = kernels.grouped_mm(x.fp8, x.scales, *weight, ends, x.dtype)
+        y: Tensor = kernels.grouped_mm(x.fp8, x.scales, *weight, ends, x.dtype, add_to)
         return y
-    return F.grouped_mm(x.dequantize(), dequantize_weight(*weight, x.dtype).mT, offs=ends)
+    product = F.grouped_mm(x.dequantize(), dequantize_weight(*weight, x.dtype).mT, offs=ends)
+    return product if add_to is None else add_to.add_(product)
 
 
 def grouped_weight_grad(grad: Fp8Rows, x: Fp8Rows, ends: Tensor, dtype: torch.dtype) -> Tensor:

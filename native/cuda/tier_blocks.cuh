@@ -6,8 +6,8 @@
 
 namespace commlib::cuda {
 
-// Blocks below `own` serve the own tokens (scale_out_send, receive), the next `others` those of other nodes
-// (forward, forward_reduce). All blocks find the same numbers.
+// Blocks below `own` serve the own tokens (scale_out_send, receive), the next `others` those of
+// other nodes (forward, forward_reduce). All blocks find the same numbers.
 struct TierBlocks {
   uint32_t own, others;
 };

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from compat.compat_job import Job, case_of, deep_ep
 from compat.megatron_job import make_layers, megatron
+from torch import Tensor
 
 
 def main() -> None:
@@ -105,18 +106,28 @@ def layer(job: Job, options: argparse.Namespace) -> dict[str, float]:
         "bf16": dtype == torch.bfloat16,
     }
     with megatron(job, 1):
-        contenders: dict[str, Callable[[], None]] = {}
+        contenders: dict[str, Callable[[], Any]] = {}
+        results: dict[str, tuple[Tensor, Tensor]] = {}
+        given = torch.randn(options.tokens, 1, options.hidden).to(job.device, dtype)
         for name in ("alltoall", "deepep", "hybridep"):
             dispatcher = {"moe_token_dispatcher_type": "alltoall" if name == "alltoall" else "flex"}
             if name != "alltoall":
                 dispatcher["moe_flex_dispatcher_backend"] = name
             module = make_layers(job, 1, 1, **settings, **dispatcher)[0]
-            x = torch.randn(options.tokens, 1, options.hidden).to(job.device, dtype).requires_grad_()
+            x = given.clone().requires_grad_()
 
-            def step(module: Any = module, x: Any = x) -> None:
-                module(x)[0].sum().backward()
+            def step(module: Any = module, x: Any = x) -> Tensor:
+                out: Tensor = module(x)[0]
+                out.sum().backward()
+                return out
 
+            results[name] = step().detach(), x.grad.clone()  # type: ignore[union-attr]
             contenders[name] = step
+        for name, found in results.items():
+            for ours, theirs in zip(found, results["alltoall"], strict=True):
+                error = float((ours.double() - theirs.double()).norm() / theirs.double().norm())
+                # BF16: sums of a few partial sums, each rounded by up to 2^-9 of its size.
+                assert error < (2.0**-6 if dtype == torch.bfloat16 else 2.0**-16), f"{name}: {error}"
         return measure(job, options.turns, contenders)
 
 

@@ -75,7 +75,8 @@ def make_layers(job: Job, count: int, expert_tensor_parallel: int, **settings: A
         "moe_router_load_balancing_type": "none",
         "expert_model_parallel_size": job.size // expert_tensor_parallel,
         "expert_tensor_parallel_size": expert_tensor_parallel,
-        "use_cpu_initialization": True,
+        "use_cpu_initialization": job.device.type == "cpu",
+        "perform_initialization": job.device.type == "cpu",
         "add_bias_linear": False,
         "gated_linear_unit": True,
         "activation_func": torch.nn.functional.silu,
@@ -87,9 +88,10 @@ def make_layers(job: Job, count: int, expert_tensor_parallel: int, **settings: A
     for number, layer in enumerate(layers):
         for name, parameter in layer.named_parameters():
             owner = job.rank + 1 if "experts" in name else 0
-            generator = torch.Generator().manual_seed(10007 * number + 1009 * owner + sum(name.encode()))
+            generator = torch.Generator(parameter.device)
+            generator.manual_seed(10007 * number + 1009 * owner + sum(name.encode()))
             with torch.no_grad():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+                parameter.normal_(std=0.8 * config.hidden_size**-0.5, generator=generator)
     return layers
 
 

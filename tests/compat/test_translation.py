@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from commlib.compat.deep_ep import Buffer, Config, EventHandle, EventOverlap
-from commlib.compat.deep_ep.buffer import dispatch_layout
 from commlib.compat.deep_ep.low_latency import packed_exponents
 from commlib.compat.deep_ep.routing_map import Lines, indices_to_map, most_experts, to_lines
 from commlib.compat.deep_ep.rows import copied, plus_bias, resized, sent_back, split_scales
@@ -85,11 +84,6 @@ def test_runtimes_of_gpus_take_more_tokens_than_their_arena_is_sized_for() -> No
     assert 2 * 2 * 128 * 1024 < config.arena_bytes < 65536 * 1024
     told = RuntimeConfig(hidden=256, num_experts=8, num_topk=2, max_tokens=1 << 20, arena_bytes=1 << 20)
     assert (_without_limit(told, 1, 4).max_tokens, _without_limit(told, 1, 4).arena_bytes) == (1 << 20, 1 << 20)
-
-
-def test_layout_of_uneven_experts_is_refused() -> None:
-    with pytest.raises(ConfigError, match="num_experts=6 is not divisible by num_ranks=4"):
-        dispatch_layout(torch.zeros(1, 1, dtype=torch.int64), 6, 4)
 
 
 def test_resized_rows() -> None:

@@ -10,7 +10,7 @@ import torch
 from gpu.gpu_job import assert_bits, case_of, check_fp8, check_plain, open_runtime, workload_of
 from gpu.gpu_modes_job import check_autograd, check_latency_regime
 
-from commlib import reference
+from commlib import cli, reference
 from commlib.bootstrap import Bootstrap, connect
 from commlib.config import RuntimeConfig
 from commlib.errors import CommError, CommTimeout, ConfigError, PeerLostError
@@ -144,6 +144,11 @@ def latency_rank() -> None:
     boot, device = join()
     check_latency_regime(boot, device)
     print(f"rank {boot.rank}: latency OK", flush=True)
+
+
+def bench_rank(arguments: list[str]) -> None:
+    """`commlib bench` checks what it measures."""
+    assert cli.main(["bench", "--device", "cuda", "--num-sms", "4", "--iterations", "1", *arguments]) == 0
 
 
 def timeout_rank() -> None:

@@ -77,6 +77,11 @@ def test_latency_regime(ranks_per_node: int) -> None:
     check("latency_rank", 2 * ranks_per_node, ranks_per_node)
 
 
+@pytest.mark.parametrize("options", [[], ["--tune"]])
+def test_bench(options: list[str]) -> None:
+    check("bench_rank", 4, 2, ["--shapes", "256x1024", "--decode-tokens", "16", *options])
+
+
 def test_a_rank_that_stays_away() -> None:
     check("timeout_rank", 4, 2)
 

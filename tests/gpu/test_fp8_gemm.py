@@ -75,6 +75,10 @@ def test_rows(width: int, depth: int, is_exact: bool) -> None:
         check(ours, rows @ weight.t(), is_exact)
     again = gemm().grouped_mm(x.fp8, x.scales, values, scales, ends(), torch.bfloat16)
     assert torch.equal(again[: sum(COUNTS)], y[: sum(COUNTS)].bfloat16())
+    before = operand((num_rows, width), 5, is_exact=True).bfloat16().cuda()
+    added = gemm().grouped_mm(x.fp8, x.scales, values, scales, ends(), torch.bfloat16, before.clone())
+    assert torch.equal(added[: sum(COUNTS)], (before.float() + y)[: sum(COUNTS)].bfloat16())
+    assert torch.equal(added[sum(COUNTS) :], before[sum(COUNTS) :])
 
 
 @pytest.mark.parametrize("is_exact", [True, False])
@@ -118,6 +122,10 @@ def test_nothing_to_do() -> None:
 def test_what_does_not_fit_is_refused() -> None:
     x = quant.cast_rows(torch.ones(128, 256, device="cuda"))
     w, scales = quant.quantize_weight(torch.ones(2, 128, 256, device="cuda"), pow2=True)
+    zeros = torch.zeros(128, 256, device="cuda")
+    for add_to in (zeros, zeros[:, :128].bfloat16(), zeros[:, ::2]):
+        with pytest.raises(ConfigError, match="add_to is"):
+            gemm().grouped_mm(x.fp8, x.scales, w, scales, ends()[:2], torch.float32, add_to)
     one = torch.tensor([128], dtype=torch.int32).cuda()
     wrong: list[Callable[[], Any]] = [
         lambda: gemm().grouped_mm(x.fp8, x.scales, w, scales, one, torch.float32),

@@ -26,6 +26,7 @@ KERNELS = {
     "latency_dispatch": {"latency_dispatch"},
     "latency_combine": {"latency_combine"},
     "gate": {"gate_8", "gate_16", "gate_32"},
+    "dispatch_layout": {"dispatch_layout"},
     "quant": {"cast_rows", "cast_weight", "retile_columns"},
     "e5m6": {"cast_e5m6", "uncast_e5m6"},
     "swiglu": {"swiglu_cast", "swiglu_again", "swiglu_backward"},
@@ -89,7 +90,7 @@ def test_unknown_unit() -> None:
         ConfigError,
         match=re.escape(
             "unit='nothing' is not one of exchange|dispatch|combine|tier_dispatch|tier_combine|"
-            "latency_dispatch|latency_combine|gate|quant|e5m6|swiglu|push_limit"
+            "latency_dispatch|latency_combine|gate|dispatch_layout|quant|e5m6|swiglu|push_limit"
         ),
     ):
         compile_unit("nothing")

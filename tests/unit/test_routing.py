@@ -290,3 +290,12 @@ def test_bad_shapes() -> None:
         routing.gate(torch.zeros(2, 8), config, torch.zeros(7))
     with pytest.raises(ConfigError, match=r"k=9 is not in 0\.\.8"):
         routing.topk(torch.zeros(2, 8), 9)
+
+
+def test_dispatch_layout_counts_tokens_once_per_rank() -> None:
+    idx = torch.tensor([[0, 1], [5, 2], [-1, -1], [3, -1]])
+    per_rank, per_expert, in_rank = routing.dispatch_layout(idx, 6, 3)
+    assert per_rank.tolist() == [1, 2, 1] and per_expert.tolist() == [1, 1, 1, 1, 0, 1]
+    assert in_rank.int().tolist() == [[1, 0, 0], [0, 1, 1], [0, 0, 0], [0, 1, 0]]
+    with pytest.raises(ConfigError, match="num_experts=6 is not divisible by num_ranks=4"):
+        routing.dispatch_layout(idx, 6, 4)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from commlib import ops
 from commlib.compat.deep_ep.low_latency import LowLatencyBuffer
 from commlib.compat.deep_ep.rows import (
     Input,
@@ -25,7 +26,7 @@ from commlib.handle import Handle
 from commlib.layout import Layout
 from commlib.runtime import Runtime
 
-__all__ = ["Buffer", "NormalHandle", "dispatch_layout"]
+__all__ = ["Buffer", "NormalHandle"]
 
 
 class NormalHandle(NamedTuple):
@@ -34,29 +35,6 @@ class NormalHandle(NamedTuple):
     runtime: Runtime
     inner: Handle
     num_rows: int
-
-
-def dispatch_layout(topk_idx: Tensor, num_experts: int, num_ranks: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Where tokens go, without communication or waiting for the device.
-
-    Args:
-        topk_idx: int64 [num_tokens, num_topk], -1 = none.
-        num_experts: experts over all ranks.
-        num_ranks: ranks of the group; divides `num_experts`.
-
-    Returns:
-        (int32 [num_ranks] tokens per rank, int32 [num_experts] tokens per expert, bool [num_tokens, num_ranks]).
-    """
-    if num_experts % num_ranks:
-        raise ConfigError(f"num_experts={num_experts} is not divisible by num_ranks={num_ranks}")
-    # -1 becomes num_experts, one place more than there are; it falls to a rank of its own.
-    expert = topk_idx.remainder(num_experts + 1)
-    rank = expert.div(num_experts // num_ranks, rounding_mode="floor")
-    one = torch.ones(1, dtype=torch.int32, device=topk_idx.device)
-    per_expert = one.new_zeros(num_experts + 1).scatter_add_(0, expert.flatten(), one.expand(expert.numel()))
-    in_rank = one.new_zeros((topk_idx.shape[0], num_ranks + 1), dtype=torch.bool).scatter_(1, rank, True)
-    in_rank = in_rank[:, :num_ranks].contiguous()
-    return in_rank.sum(0, dtype=torch.int32), per_expert[:num_experts], in_rank
 
 
 class Buffer(LowLatencyBuffer):
@@ -160,7 +138,7 @@ class Buffer(LowLatencyBuffer):
             whether a token goes to a rank, event). The second, tokens per node, is None on any number of nodes.
         """
         wait_for(previous_event)
-        per_rank, per_expert, in_rank = dispatch_layout(topk_idx, num_experts, self.group_size)
+        per_rank, per_expert, in_rank = ops.dispatch_layout(topk_idx, num_experts, self.group_size)
         return per_rank, None, per_expert, in_rank, event_after(async_finish)
 
     def dispatch(

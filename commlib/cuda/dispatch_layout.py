@@ -1,0 +1,53 @@
+"""What a rank sends, counted in one kernel: `commlib.routing.dispatch_layout` for CUDA tensors."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from commlib.cuda.calls import aligned
+from commlib.cuda.compile import compile_unit, default_cache
+from commlib.cuda.driver import Kernel, KernelArguments, bind_context, load_kernels
+from commlib.cuda.params import LayoutCall
+
+__all__ = ["MAX_COUNTERS", "MAX_RANKS", "count_layout", "load_layout"]
+
+MAX_RANKS = 64  # bits of a word
+MAX_COUNTERS = 8192  # experts and ranks, in the memory that a block shares
+_THREADS, _MOST_BLOCKS = 256, 32
+
+
+@cache
+def load_layout(device_index: int) -> Kernel:
+    """The kernel on a device; see `commlib.cuda.gate.load_gate`."""
+    with torch.cuda.device(device_index):
+        torch.cuda.current_stream().synchronize()  # makes the context
+        cubin, _ = compile_unit("dispatch_layout", default_cache())
+        return load_kernels(cubin, {"dispatch_layout": 4 * MAX_COUNTERS})["dispatch_layout"]
+
+
+def count_layout(topk_idx: Tensor, num_experts: int, num_ranks: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`commlib.routing.dispatch_layout` of int64 [T, K] on the current stream; `MAX_RANKS`, `MAX_COUNTERS` hold."""
+    device, idx = topk_idx.device, aligned(topk_idx)
+    counters = torch.zeros(num_ranks + num_experts, dtype=torch.int32, device=device)
+    per_rank, per_expert = counters[:num_ranks], counters[num_ranks:]
+    in_rank = torch.empty(len(idx), num_ranks, dtype=torch.bool, device=device)
+    if len(idx):
+        call = LayoutCall(
+            topk_idx=idx.data_ptr(),
+            tokens_per_rank=per_rank.data_ptr(),
+            tokens_per_expert=per_expert.data_ptr(),
+            is_token_in_rank=in_rank.data_ptr(),
+            num_tokens=len(idx),
+            num_topk=idx.shape[1],
+            num_experts=num_experts,
+            num_ranks=num_ranks,
+        )
+        blocks = min(_MOST_BLOCKS, -(-len(idx) // _THREADS))
+        with torch.cuda.device(device):
+            bind_context(device.index)
+            stream = torch.cuda.current_stream().cuda_stream
+            load_layout(device.index).launch(stream, blocks, _THREADS, 4 * len(counters), KernelArguments(call))
+    return per_rank, per_expert, in_rank

@@ -58,6 +58,11 @@ class Proxy {
                       double heartbeat_timeout_s);
   void set_channels(ChannelTable table);
   void set_cpus(const std::vector<int>& cpus);
+  void set_thread_setup(const ThreadSetup& setup);
+  // After set_transports, before start(): see is_ready().
+  void set_first_puts();
+  // No thread waits for its first puts.
+  bool is_ready() const;
   const ChannelTable& channels() const { return *table_; }
   int thread_of(int peer) const {
     const Group& group = mesh_.group();

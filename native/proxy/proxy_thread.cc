@@ -17,6 +17,7 @@ constexpr int kBatch = 64;  // commands between two rounds of fence and signals,
 // the receiver would begin, and its credits come back, only when the link has run dry.
 constexpr uint64_t kBatchBytes = 128 << 10;
 constexpr uint64_t kNoChannel = ~0ull;  // token of puts that are not channel commands
+constexpr uint64_t kFirstPut = ~1ull;   // likewise, of post_first()
 
 uint64_t make_token(uint32_t channel, uint64_t index) { return uint64_t(channel) << 48 | index; }
 
@@ -72,8 +73,31 @@ void ProxyThread::pin() {
   (void)sched_setaffinity(0, sizeof set, &set);
 }
 
+void ProxyThread::run_setup() {
+  const int code = setup_.call == nullptr ? 0 : setup_.call(setup_.argument);
+  if (code == 0) return;
+  FaultRecord record;
+  record.kind = FaultKind::kTransport;
+  record.rank = mesh_.group().rank();
+  record.code = code;
+  record.set_phase("proxy/setup");
+  record.set_detail("the thread has no context of the device");
+  board_.raise(record);
+}
+
+// Nobody reads the lines, and each has one writer.
+void ProxyThread::post_first() {
+  const int rank = mesh_.group().rank();
+  for (int peer : first_puts_)
+    transport_->put(peer, RegisteredRegion::line(mesh_.registered().first_put, rank),
+                    RegisteredRegion::line(mesh_.registered_of(peer).first_put, rank), kLine,
+                    kFirstPut);
+}
+
 void ProxyThread::loop() {
   pin();
+  run_setup();
+  post_first();
   // With remote peers an idle proxy must go on progressing: puts over TCP land only if it does.
   const auto idle_period = std::chrono::duration<double>(
       transport_ ? std::min(0.0005, monitor_->period_s()) : monitor_->period_s());
@@ -185,6 +209,10 @@ void ProxyThread::signal_dirty() {
 
 void ProxyThread::on_put_complete(uint64_t token) {
   if (token == kNoChannel) return;
+  if (token == kFirstPut) {
+    num_first_puts_.fetch_sub(1, std::memory_order_release);  // partner: is_ready()
+    return;
+  }
   const uint64_t number = token >> 48;
   const uint64_t index = token & ((1ull << 48) - 1);
   if (number >= channels_.size() || channels_[number] == nullptr ||

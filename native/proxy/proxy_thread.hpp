@@ -22,6 +22,13 @@ struct ProxyCounters {
   uint64_t signals = 0;
 };
 
+// Called on a proxy thread before all else, for instance to make a device's context its current
+// one; anything but 0 is an error of the caller's kind.
+struct ThreadSetup {
+  int (*call)(void*) = nullptr;
+  void* argument = nullptr;
+};
+
 // A channel as its proxy thread, which alone touches it, sees it.
 struct ProxyChannel {
   ChannelSpec spec;
@@ -44,6 +51,16 @@ class ProxyThread : public PutListener {
   void set_channels(std::vector<ProxyChannel*> channels) { channels_ = std::move(channels); }
   // CPUs to run on; empty: as the process may. Likewise.
   void set_cpus(std::vector<int> cpus) { cpus_ = std::move(cpus); }
+  // Likewise.
+  void set_thread_setup(const ThreadSetup& setup) { setup_ = setup; }
+  // A put between the rings of this rank and those of each of these peers comes before all others.
+  // Likewise.
+  void set_first_puts(std::vector<int> peers) {
+    first_puts_ = std::move(peers);
+    num_first_puts_ = int(first_puts_.size());
+  }
+  // Those are done. Acquire: partner is on_put_complete.
+  bool is_ready() const { return num_first_puts_.load(std::memory_order_acquire) == 0; }
   void start();
   // Drains the FIFOs, says good-bye if `is_clean`, shuts the transport down. Idempotent.
   void begin_stop(bool is_clean, double timeout_s);
@@ -64,6 +81,8 @@ class ProxyThread : public PutListener {
   void signal_dirty();
   void say_goodbye();
   void pin();
+  void run_setup();
+  void post_first();
   void check_transport();
   void raise_unknown_token(uint64_t channel, uint64_t index);
 
@@ -75,6 +94,9 @@ class ProxyThread : public PutListener {
   std::vector<ProxyChannel*> channels_;
   std::vector<ProxyChannel*> dirty_;
   std::vector<int> cpus_;
+  ThreadSetup setup_;
+  std::vector<int> first_puts_;
+  std::atomic<int> num_first_puts_{0};
 
   std::thread thread_;
   std::atomic<bool> stop_{false};

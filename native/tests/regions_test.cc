@@ -73,6 +73,8 @@ std::vector<Range> registered_ranges(const Group& group, int rank, const Registe
     ranges.push_back({line(g.dispatch_credit_in, n), kLine, "dispatch_credit_in"});
     ranges.push_back({line(g.combine_count_in, n), kLine, "combine_count_in"});
   }
+  for (int r = 0; r < group.num_ranks(); ++r)
+    ranges.push_back({line(g.first_put, r), kLine, "first_put"});
   for (int source : group.in_sources(rank)) {
     ranges.push_back({g.dispatch_recv_ring_of(source), config.ring_bytes, "dispatch_recv_ring"});
     ranges.push_back({g.combine_send_ring_of(source), config.ring_bytes, "combine_send_ring"});
@@ -100,6 +102,14 @@ TEST_CASE("regions never overlap") {
       const RegisteredRegion own(group, rank, config);
       check_disjoint(registered_ranges(group, rank, own, config), own.total_bytes, 8);
       CHECK(own.total_bytes % kPage == 0);
+      CHECK(own.control_bytes % kPage == 0);
+      CHECK(own.control_bytes + own.ring_memory_bytes() == own.total_bytes);
+      // Rings lie behind the border, words and rows before it.
+      for (const Range& range : registered_ranges(group, rank, own, config)) {
+        const bool is_ring = range.name.ends_with("_ring") || range.name == "first_put";
+        CHECK_MESSAGE((range.begin >= own.control_bytes) == is_ring, range.name);
+        if (!is_ring) CHECK(range.begin + range.bytes <= own.control_bytes);
+      }
       CHECK(control.total_bytes % kPage == 0);
       // Puts are addressed in units.
       for (int source : group.in_sources(rank)) {

@@ -12,6 +12,9 @@ __all__ = [
     "Kernel",
     "KernelArguments",
     "bind_context",
+    "context_setter",
+    "export_dmabuf",
+    "has_ordered_rdma",
     "load_kernels",
     "map_host_memory",
     "unmap_host_memory",
@@ -21,6 +24,10 @@ _DISABLE_TIMING = 2  # CU_EVENT_DISABLE_TIMING
 _MAX_DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 _HOST_PORTABLE, _HOST_DEVICEMAP = 1, 2  # CU_MEMHOSTREGISTER_*
+
+_RDMA_WRITES_ORDERING = 118  # CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WRITES_ORDERING
+_ORDERED_FOR_OWNER = 100  # CU_GPU_DIRECT_RDMA_WRITES_ORDERING_OWNER
+_DMA_BUF_FD = 1  # CU_MEM_RANGE_HANDLE_TYPE_DMA_BUF_FD
 
 _Pointer = ctypes.c_void_p
 
@@ -56,6 +63,39 @@ def bind_context(device_index: int) -> None:
     _check("cuCtxGetCurrent", _library().cuCtxGetCurrent(ctypes.byref(context)))
     if not context:
         _check("cuCtxSetCurrent", _library().cuCtxSetCurrent(_primary_context(device_index)))
+
+
+def context_setter(device_index: int) -> tuple[int, int]:
+    """For native threads: the address of cuCtxSetCurrent and its argument, the device's context."""
+    function = ctypes.cast(_library().cuCtxSetCurrent, _Pointer).value
+    context = _primary_context(device_index).value
+    assert function is not None and context is not None
+    return function, context
+
+
+def has_ordered_rdma(device_index: int) -> bool:
+    """Whether kernels of the device may read what a network card has written to it without a flush between."""
+    value = ctypes.c_int()
+    code = _library().cuDeviceGetAttribute(ctypes.byref(value), _RDMA_WRITES_ORDERING, device_index)
+    _check("cuDeviceGetAttribute", code)
+    return value.value >= _ORDERED_FOR_OWNER
+
+
+def export_dmabuf(address: int, num_bytes: int) -> int:
+    """A file descriptor of device memory for other drivers, the caller's to close; -1: this driver has none.
+
+    Args:
+        address, num_bytes: multiples of the host's page.
+    """
+    descriptor = ctypes.c_int(-1)
+    code = _library().cuMemGetHandleForAddressRange(
+        ctypes.byref(descriptor),
+        ctypes.c_uint64(address),
+        ctypes.c_size_t(num_bytes),
+        _DMA_BUF_FD,
+        ctypes.c_ulonglong(0),
+    )
+    return descriptor.value if code == 0 else -1
 
 
 class Kernel:

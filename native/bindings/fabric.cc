@@ -45,6 +45,27 @@ nb::bytes device_view(const Fabric& fabric, uint64_t memory, uint64_t fifos, uin
   return nb::bytes(reinterpret_cast<const char*>(&view), sizeof view);
 }
 
+void set_rings(FabricConfig& config, uintptr_t base, size_t bytes, int dmabuf_fd) {
+  config.rings = {reinterpret_cast<void*>(base), bytes, dmabuf_fd, 0};
+}
+
+void set_thread_setup(FabricConfig& config, uintptr_t function, uintptr_t argument) {
+  config.thread_setup = {reinterpret_cast<int (*)(void*)>(function),
+                         reinterpret_cast<void*>(argument)};
+}
+
+const char* ring_reach(const Fabric& fabric) {
+  switch (fabric.ring_reach()) {
+    case DeviceReach::kDirect:
+      return "direct";
+    case DeviceReach::kStaged:
+      return "staged";
+    case DeviceReach::kUnseen:
+      break;
+  }
+  return "unseen";
+}
+
 // A wait of a kernel that passed its deadline.
 void raise_timeout(Fabric& fabric, int rank, int peer, uint64_t epoch, uint64_t expected,
                    uint64_t seen, const std::string& phase, const std::string& detail) {
@@ -93,12 +114,17 @@ void register_fabric(nb::module_& module) {
       .def_rw("heartbeat_timeout_s", &FabricConfig::heartbeat_timeout_s)
       .def_rw("config_digest", &FabricConfig::config_digest)
       .def_rw("transport", &FabricConfig::transport)
-      .def_rw("transport_options", &FabricConfig::transport_options);
+      .def_rw("transport_options", &FabricConfig::transport_options)
+      .def("set_rings", &set_rings, "base"_a, "bytes"_a, "dmabuf_fd"_a)
+      .def("set_thread_setup", &set_thread_setup, "function"_a, "argument"_a);
   nb::class_<Fabric>(module, "Fabric")
       .def(nb::init<const FabricConfig&>(), nb::call_guard<nb::gil_scoped_release>())
       .def("address", &address)
       .def("connect", &connect, "addresses"_a)
       .def("start", &start)
+      .def("wait_ready", &Fabric::wait_ready, "timeout_s"_a,
+           nb::call_guard<nb::gil_scoped_release>())
+      .def("ring_reach", &ring_reach)
       .def("stop", &Fabric::stop, "is_clean"_a, nb::call_guard<nb::gil_scoped_release>())
       .def("raise_left", &Fabric::raise_left)
       .def("raise_lost", &Fabric::raise_lost, "peer"_a)

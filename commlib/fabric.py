@@ -27,13 +27,13 @@ class RingPlace(NamedTuple):
         address: in this process.
         num_bytes: `ring_memory_bytes`.
         export: gives a dmabuf of the memory, -1 if there is none; None: the transport needs none.
-        thread_setup: a C function that makes the device's context the current one of a thread, and its argument.
+        thread_setup: what a native thread calls to use the device: ThreadSetup of native/proxy/proxy_thread.hpp.
     """
 
     address: int
     num_bytes: int
     export: Callable[[], int] | None
-    thread_setup: tuple[int, int]
+    thread_setup: tuple[int, int, int, int]
 
 
 def ring_memory_bytes(rank: int, config: RuntimeConfig, topology: Topology) -> int:

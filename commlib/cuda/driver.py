@@ -12,11 +12,11 @@ __all__ = [
     "Kernel",
     "KernelArguments",
     "bind_context",
-    "context_setter",
     "export_dmabuf",
     "has_ordered_rdma",
     "load_kernels",
     "map_host_memory",
+    "thread_setup",
     "unmap_host_memory",
 ]
 
@@ -27,6 +27,7 @@ _HOST_PORTABLE, _HOST_DEVICEMAP = 1, 2  # CU_MEMHOSTREGISTER_*
 
 _RDMA_WRITES_ORDERING = 118  # CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WRITES_ORDERING
 _ORDERED_FOR_OWNER = 100  # CU_GPU_DIRECT_RDMA_WRITES_ORDERING_OWNER
+_CAPTURE_MODE_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 _DMA_BUF_FD = 1  # CU_MEM_RANGE_HANDLE_TYPE_DMA_BUF_FD
 
 _Pointer = ctypes.c_void_p
@@ -65,12 +66,17 @@ def bind_context(device_index: int) -> None:
         _check("cuCtxSetCurrent", _library().cuCtxSetCurrent(_primary_context(device_index)))
 
 
-def context_setter(device_index: int) -> tuple[int, int]:
-    """For native threads: the address of cuCtxSetCurrent and its argument, the device's context."""
-    function = ctypes.cast(_library().cuCtxSetCurrent, _Pointer).value
-    context = _primary_context(device_index).value
-    assert function is not None and context is not None
-    return function, context
+def thread_setup(device_index: int) -> tuple[int, int, int, int]:
+    """For native threads that use the device: cuCtxSetCurrent and its argument; cuThreadExchangeStreamCaptureMode and
+    the mode in which queries of events are allowed while another thread captures a graph."""
+    library = _library()
+    addresses = [
+        ctypes.cast(library.cuCtxSetCurrent, _Pointer).value,
+        _primary_context(device_index).value,
+        ctypes.cast(library.cuThreadExchangeStreamCaptureMode, _Pointer).value,
+    ]
+    set_context, context, exchange_mode = (address or 0 for address in addresses)
+    return set_context, context, exchange_mode, _CAPTURE_MODE_RELAXED
 
 
 def has_ordered_rdma(device_index: int) -> bool:

@@ -10,7 +10,7 @@ import torch
 
 from commlib.bootstrap import Bootstrap
 from commlib.bootstrap.agreement import allgather_or_raise
-from commlib.cuda.driver import context_setter, export_dmabuf, has_ordered_rdma
+from commlib.cuda.driver import export_dmabuf, has_ordered_rdma, thread_setup
 from commlib.cuda.memory import Segment
 from commlib.errors import CapacityError, ConfigError, TransportError
 from commlib.fabric import RingPlace
@@ -138,14 +138,14 @@ def _open_on_device(
     def wait_ready() -> bytes:
         if not fabric.wait_ready(timeout_s):
             found = fabric.fault()
-            told = f"none has come to its end within {timeout_s:g} s" if found is None else found["detail"]
+            told = f"none within {timeout_s:g} s" if found is None else f"rank {found['rank']}: {found['detail']}"
             raise TransportError(f"no put between GPUs: {told}", call="first put", code=0)
         return b""
 
     try:
         allgather_or_raise(boot, take, timeout_s=timeout_s)
         assert memory is not None
-        setup = context_setter(torch.cuda.current_device())
+        setup = thread_setup(torch.cuda.current_device())
         fabric = open_fabric(RingPlace(memory.address, num_bytes, memory.export if is_verbs else None, setup))
         allgather_or_raise(boot, check, timeout_s=timeout_s)
         has_started = True

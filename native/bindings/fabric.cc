@@ -30,11 +30,6 @@ void connect(Fabric& fabric, const std::vector<nb::bytes>& blobs) {
   fabric.connect(addresses);
 }
 
-void start(Fabric& fabric) {
-  fabric.proxy().set_eager();
-  fabric.start();
-}
-
 Piece piece(const RegisteredMemory& memory) {
   return {reinterpret_cast<uintptr_t>(memory.base()), memory.bytes()};
 }
@@ -49,9 +44,11 @@ void set_rings(FabricConfig& config, uintptr_t base, size_t bytes, int dmabuf_fd
   config.rings = {reinterpret_cast<void*>(base), bytes, dmabuf_fd, 0};
 }
 
-void set_thread_setup(FabricConfig& config, uintptr_t function, uintptr_t argument) {
-  config.thread_setup = {reinterpret_cast<int (*)(void*)>(function),
-                         reinterpret_cast<void*>(argument)};
+void set_thread_setup(FabricConfig& config, uintptr_t set_context, uintptr_t context,
+                      uintptr_t exchange_capture_mode, int capture_mode) {
+  config.thread_setup = {reinterpret_cast<int (*)(void*)>(set_context),
+                         reinterpret_cast<void*>(context),
+                         reinterpret_cast<int (*)(int*)>(exchange_capture_mode), capture_mode};
 }
 
 const char* ring_reach(const Fabric& fabric) {
@@ -116,12 +113,13 @@ void register_fabric(nb::module_& module) {
       .def_rw("transport", &FabricConfig::transport)
       .def_rw("transport_options", &FabricConfig::transport_options)
       .def("set_rings", &set_rings, "base"_a, "bytes"_a, "dmabuf_fd"_a)
-      .def("set_thread_setup", &set_thread_setup, "function"_a, "argument"_a);
+      .def("set_thread_setup", &set_thread_setup, "set_context"_a, "context"_a,
+           "exchange_capture_mode"_a, "capture_mode"_a);
   nb::class_<Fabric>(module, "Fabric")
       .def(nb::init<const FabricConfig&>(), nb::call_guard<nb::gil_scoped_release>())
       .def("address", &address)
       .def("connect", &connect, "addresses"_a)
-      .def("start", &start)
+      .def("start", &Fabric::start_for_device)
       .def("wait_ready", &Fabric::wait_ready, "timeout_s"_a,
            nb::call_guard<nb::gil_scoped_release>())
       .def("ring_reach", &ring_reach)

@@ -81,12 +81,12 @@ struct RegisteredRegion {
   size_t dispatch_credit_in = 0;  // [node] chunks that the rail there has drained
   size_t combine_count_in = 0;    // [node] chunks that arrived from the rail there
   size_t combine_credit_in = 0;   // [source] chunks that the source has drained
+  size_t first_put_in = 0;        // [rank] 1 once its first put has come, see ProxyThread
   size_t control_bytes = 0;       // of all above
   size_t dispatch_recv_ring = 0;  // [in_source index]
   size_t dispatch_send_ring = 0;  // [remote node index]
   size_t combine_recv_ring = 0;   // [remote node index]
   size_t combine_send_ring = 0;   // [in_source index]
-  size_t first_put = 0;           // [rank] a line that its proxy writes once, before all data
   size_t total_bytes = 0;
   size_t ring_bytes = 0;
 
@@ -115,12 +115,12 @@ struct RegisteredRegion {
     dispatch_credit_in = take(nodes * kLine);
     combine_count_in = take(nodes * kLine);
     combine_credit_in = take(num_ranks_ * kLine);
+    first_put_in = take(num_ranks_ * kLine);
     offset = control_bytes = align_up(offset, 4096);
     dispatch_recv_ring = take(in_sources_.size() * ring_bytes);
     dispatch_send_ring = take(remote_nodes_.size() * ring_bytes);
     combine_recv_ring = take(remote_nodes_.size() * ring_bytes);
     combine_send_ring = take(in_sources_.size() * ring_bytes);
-    first_put = take(num_ranks_ * kLine);
     total_bytes = align_up(offset, 4096);
   }
 

@@ -95,7 +95,6 @@ Fabric::Fabric(const FabricConfig& config) : config_(config), pid_(getpid()) {
   proxy_->set_transports(std::move(transports), config.heartbeat_timeout_s);
   proxy_->set_cpus(config.proxy_cpus);
   proxy_->set_thread_setup(config.thread_setup);
-  if (has_device_rings()) proxy_->set_first_puts();
   proxy_->set_channels(ChannelTable(mesh_->group(), [this](int peer) -> const RegisteredRegion& {
     return mesh_->registered_of(peer);
   }));
@@ -195,6 +194,12 @@ std::string Fabric::describe_threads() const {
   if (!config_.proxy_cpus.empty())
     text += ", on " + std::to_string(config_.proxy_cpus.size()) + " CPUs near the device";
   return text;
+}
+
+void Fabric::start_for_device() {
+  proxy_->set_eager();
+  if (has_device_rings()) proxy_->set_first_puts();
+  start();
 }
 
 bool Fabric::wait_ready(double timeout_s) const {

@@ -54,9 +54,11 @@ class Fabric {
   void connect(const std::vector<std::vector<uint8_t>>& addresses);
   bool is_connected() const { return is_connected_; }
   void start() { proxy_->start(); }
-  // Whether all connections carry puts between rings: where those are device memory a provider may
-  // map a peer's at the first put, which must not wait for a kernel that waits for the put. Polls
-  // for at most timeout_s, or until there is a fault.
+  // For kernels: proxy threads never sleep. If rings are device memory, whole rings go to and fro
+  // first, since a provider may map a peer's memory at the first put, which must not wait for a
+  // kernel that waits for the put; then no command may come before all ranks are ready.
+  void start_for_device();
+  // Whether this rank is: polls for at most timeout_s, or until there is a fault.
   bool wait_ready(double timeout_s) const;
   // Stops the proxy and unmaps the peers. Not clean: peers learn that this rank has gone. Nothing
   // may push commands any more. Idempotent; nothing in a forked child, where there is no thread.

@@ -59,10 +59,9 @@ class Proxy {
   void set_channels(ChannelTable table);
   void set_cpus(const std::vector<int>& cpus);
   void set_thread_setup(const ThreadSetup& setup);
-  // After set_transports, before start(): see is_ready().
+  // Before start(): see ProxyThread.
   void set_first_puts();
-  // No thread waits for its first puts.
-  bool is_ready() const;
+  bool is_ready() const;  // all threads are
   const ChannelTable& channels() const { return *table_; }
   int thread_of(int peer) const {
     const Group& group = mesh_.group();

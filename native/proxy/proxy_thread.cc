@@ -74,7 +74,10 @@ void ProxyThread::pin() {
 }
 
 void ProxyThread::run_setup() {
-  const int code = setup_.call == nullptr ? 0 : setup_.call(setup_.argument);
+  if (setup_.set_context == nullptr) return;
+  int mode = setup_.capture_mode;  // the old one comes back here
+  int code = setup_.set_context(setup_.context);
+  if (code == 0) code = setup_.exchange_capture_mode(&mode);
   if (code == 0) return;
   FaultRecord record;
   record.kind = FaultKind::kTransport;
@@ -85,13 +88,30 @@ void ProxyThread::run_setup() {
   board_.raise(record);
 }
 
-// Nobody reads the lines, and each has one writer.
 void ProxyThread::post_first() {
-  const int rank = mesh_.group().rank();
-  for (int peer : first_puts_)
-    transport_->put(peer, RegisteredRegion::line(mesh_.registered().first_put, rank),
-                    RegisteredRegion::line(mesh_.registered_of(peer).first_put, rank), kLine,
-                    kFirstPut);
+  const Group& group = mesh_.group();
+  const int rank = group.rank();
+  for (int peer : first_puts_) {
+    const int node = group.node_of(peer);
+    const RegisteredRegion& there = mesh_.registered_of(peer);
+    const bool is_rail = group.rail(rank, node) == peer;  // else we are its rail
+    transport_->put(
+        peer, mesh_.registered().dispatch_send_ring_of(node),
+        is_rail ? there.dispatch_recv_ring_of(rank) : there.combine_recv_ring_of(group.node()),
+        there.ring_bytes, kFirstPut);
+    transport_->fence(peer);
+    // Partner: is_ready() at the peer.
+    transport_->put_signal(peer, RegisteredRegion::line(there.first_put_in, rank), 1);
+  }
+}
+
+bool ProxyThread::is_ready() const {
+  if (num_first_puts_.load(std::memory_order_acquire) > 0)
+    return false;  // partner: on_put_complete
+  return std::all_of(first_puts_.begin(), first_puts_.end(), [this](int peer) {
+    return load_acquire(mesh_.registered_word(
+               RegisteredRegion::line(mesh_.registered().first_put_in, peer))) == 1;
+  });
 }
 
 void ProxyThread::loop() {

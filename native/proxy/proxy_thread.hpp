@@ -22,11 +22,14 @@ struct ProxyCounters {
   uint64_t signals = 0;
 };
 
-// Called on a proxy thread before all else, for instance to make a device's context its current
-// one; anything but 0 is an error of the caller's kind.
+// What a proxy thread calls before all else, so that its transport may use a device: the context
+// becomes its current one, and what it calls does not break a capture of graphs on another thread.
+// Anything but 0 is an error of the driver's.
 struct ThreadSetup {
-  int (*call)(void*) = nullptr;
-  void* argument = nullptr;
+  int (*set_context)(void*) = nullptr;
+  void* context = nullptr;
+  int (*exchange_capture_mode)(int*) = nullptr;
+  int capture_mode = 0;
 };
 
 // A channel as its proxy thread, which alone touches it, sees it.
@@ -53,14 +56,14 @@ class ProxyThread : public PutListener {
   void set_cpus(std::vector<int> cpus) { cpus_ = std::move(cpus); }
   // Likewise.
   void set_thread_setup(const ThreadSetup& setup) { setup_ = setup; }
-  // A put between the rings of this rank and those of each of these peers comes before all others.
-  // Likewise.
+  // A whole ring to each of these peers comes before all others, and theirs to us: so a provider
+  // maps a peer's memory. Likewise.
   void set_first_puts(std::vector<int> peers) {
     first_puts_ = std::move(peers);
     num_first_puts_ = int(first_puts_.size());
   }
-  // Those are done. Acquire: partner is on_put_complete.
-  bool is_ready() const { return num_first_puts_.load(std::memory_order_acquire) == 0; }
+  // Those have left and come: nothing is under way to any ring any more.
+  bool is_ready() const;
   void start();
   // Drains the FIFOs, says good-bye if `is_clean`, shuts the transport down. Idempotent.
   void begin_stop(bool is_clean, double timeout_s);

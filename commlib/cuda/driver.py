@@ -25,6 +25,7 @@ _MAX_DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 _HOST_PORTABLE, _HOST_DEVICEMAP = 1, 2  # CU_MEMHOSTREGISTER_*
 
+_USES_HOST_PAGE_TABLES = 100  # CU_DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS_USES_HOST_PAGE_TABLES
 _RDMA_WRITES_ORDERING = 118  # CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WRITES_ORDERING
 _ORDERED_FOR_OWNER = 100  # CU_GPU_DIRECT_RDMA_WRITES_ORDERING_OWNER
 _CAPTURE_MODE_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
@@ -80,11 +81,16 @@ def thread_setup(device_index: int) -> tuple[int, int, int, int]:
 
 
 def has_ordered_rdma(device_index: int) -> bool:
-    """Whether kernels of the device may read what a network card has written to it without a flush between."""
-    value = ctypes.c_int()
-    code = _library().cuDeviceGetAttribute(ctypes.byref(value), _RDMA_WRITES_ORDERING, device_index)
-    _check("cuDeviceGetAttribute", code)
-    return value.value >= _ORDERED_FOR_OWNER
+    """Whether kernels of the device may read what a network card has written to it, without a flush, once they see a word
+    of host memory that it has written later. Not where such words come by a link of the processor's own (C2C), and
+    data do not: docs/design.md, section 8."""
+
+    def attribute(number: int) -> int:
+        value = ctypes.c_int()
+        _check("cuDeviceGetAttribute", _library().cuDeviceGetAttribute(ctypes.byref(value), number, device_index))
+        return value.value
+
+    return attribute(_RDMA_WRITES_ORDERING) >= _ORDERED_FOR_OWNER and attribute(_USES_HOST_PAGE_TABLES) == 0
 
 
 def export_dmabuf(address: int, num_bytes: int) -> int:

@@ -119,7 +119,7 @@ def _open_on_device(
         nonlocal memory
         if is_verbs and not has_ordered_rdma(torch.cuda.current_device()):
             raise ConfigError(
-                "the GPU sees what a network card writes to it only after a flush: rings stay with the host"
+                "what a card writes to this GPU needs a flush before kernels see it: rings stay in host memory"
             )
         memory = RingMemory(num_bytes)
         return b""

@@ -81,9 +81,11 @@ def thread_setup(device_index: int) -> tuple[int, int, int, int]:
 
 
 def has_ordered_rdma(device_index: int) -> bool:
-    """Whether kernels of the device may read what a network card has written to it, without a flush, once they see a word
-    of host memory that it has written later. Not where such words come by a link of the processor's own (C2C), and
-    data do not: docs/design.md, section 8."""
+    """Whether kernels of the device see what a network card has written to it, without a flush, once they see a word of
+    host memory that it has written later.
+
+    Not where such words come by a link of the processor's own (C2C), and data do not: docs/design.md, section 8.
+    """
 
     def attribute(number: int) -> int:
         value = ctypes.c_int()

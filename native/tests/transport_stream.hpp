@@ -76,25 +76,24 @@ struct StreamShape {
   size_t device_bytes() const { return region_bytes() - host_bytes(); }
 };
 
-// Zeroed host memory.
+// Zeroed host memory between two pages that nobody may touch: no other mapping is its continuation.
 class Mapping {
  public:
-  explicit Mapping(size_t bytes) : bytes_(bytes) {
-    if (bytes == 0) return;
-    void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-    if (memory == MAP_FAILED) throw std::runtime_error("mmap failed");
-    base_ = static_cast<std::byte*>(memory);
+  explicit Mapping(size_t bytes) : bytes_((bytes + kGuard - 1) / kGuard * kGuard + 2 * kGuard) {
+    whole_ = mmap(nullptr, bytes_, PROT_NONE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    if (whole_ == MAP_FAILED) throw std::runtime_error("mmap failed");
+    if (mprotect(base(), bytes_ - 2 * kGuard, PROT_READ | PROT_WRITE) != 0)
+      throw std::runtime_error("mprotect failed");
   }
-  ~Mapping() {
-    if (base_ != nullptr) munmap(base_, bytes_);
-  }
+  ~Mapping() { munmap(whole_, bytes_); }
   Mapping(const Mapping&) = delete;
   Mapping& operator=(const Mapping&) = delete;
-  std::byte* base() const { return base_; }
+  std::byte* base() const { return static_cast<std::byte*>(whole_) + kGuard; }
 
  private:
-  std::byte* base_ = nullptr;
+  static constexpr size_t kGuard = 4096;
   size_t bytes_;
+  void* whole_;
 };
 
 // splitmix64: no two words of the stream are related.

@@ -112,16 +112,19 @@ def _open_on_device(
     timeout_s: float,
 ) -> tuple[Any, RingMemory]:
     memory: RingMemory | None = None
+    place: RingPlace | None = None
     fabric: Any = None
     has_started = False
 
     def take() -> bytes:
-        nonlocal memory
+        nonlocal memory, place
         if is_verbs and not has_ordered_rdma(torch.cuda.current_device()):
             raise ConfigError(
                 "what a card writes to this GPU needs a flush before kernels see it: rings stay in host memory"
             )
         memory = RingMemory(num_bytes)
+        export = memory.export if is_verbs else None
+        place = RingPlace(memory.address, num_bytes, export, thread_setup(torch.cuda.current_device()))
         return b""
 
     def check() -> bytes:
@@ -145,8 +148,7 @@ def _open_on_device(
     try:
         allgather_or_raise(boot, take, timeout_s=timeout_s)
         assert memory is not None
-        setup = thread_setup(torch.cuda.current_device())
-        fabric = open_fabric(RingPlace(memory.address, num_bytes, memory.export if is_verbs else None, setup))
+        fabric = open_fabric(place)
         allgather_or_raise(boot, check, timeout_s=timeout_s)
         has_started = True
         fabric.start()

@@ -8,7 +8,7 @@ import json
 import math
 from dataclasses import dataclass
 
-from commlib.env import Env
+from commlib.env import RING_MEMORIES, Env
 from commlib.errors import ConfigError
 
 __all__ = ["MAX_DECODE_TOKENS", "MAX_PROXY_THREADS", "MAX_TOPK", "RuntimeConfig"]
@@ -58,6 +58,9 @@ class RuntimeConfig:
         timeout_s: seconds without progress after which a wait raises.
         heartbeat_timeout_s: seconds without a heartbeat after which a peer counts as lost.
         transport: name of the scale-out transport.
+        ring_memory: where the rings of a GPU's Runtime lie: "host" (pinned), "device" (the GPU's memory, which saves a
+            row two ways over PCIe), or "auto": device if cards (verbs) or copy engines (ucx, on one host) then carry
+            rows between all ranks without the hosts, else host.
         use_tuned_plan: whether a plan that `commlib bench --tune` has found for this shape and topology replaces
             `chunk_tokens`, `chunk_bytes`, `ring_bytes`, `out_blocks` and `in_blocks` where they have their defaults and
             the environment says nothing. Without one, GPUs of several nodes get chunks of 256 KiB in rings of 4 MiB.
@@ -87,6 +90,7 @@ class RuntimeConfig:
     timeout_s: float = 300.0
     heartbeat_timeout_s: float = 10.0
     transport: str = "ucx"
+    ring_memory: str = "host"
     use_tuned_plan: bool = True
 
     def __post_init__(self) -> None:
@@ -130,6 +134,9 @@ class RuntimeConfig:
             if field.name == "transport":
                 if not isinstance(value, str) or not value:
                     raise ConfigError(f"transport={value!r} is not a non-empty name")
+            elif field.name == "ring_memory":
+                if value not in RING_MEMORIES:
+                    raise ConfigError(f"ring_memory={value!r} is not one of {'|'.join(RING_MEMORIES)}")
             elif field.name in ("timeout_s", "heartbeat_timeout_s"):
                 is_number = isinstance(value, int | float) and not isinstance(value, bool)
                 if not (is_number and math.isfinite(value) and value > 0):
@@ -153,6 +160,7 @@ class RuntimeConfig:
             "num_threads": env.num_threads,
             "num_proxy_threads": env.num_proxy_threads,
             "transport": env.transport,
+            "ring_memory": env.ring_memory,
             "chunk_tokens": env.chunk_tokens,
             "chunk_bytes": env.chunk_bytes,
             "ring_bytes": env.ring_bytes,

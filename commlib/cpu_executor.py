@@ -169,6 +169,8 @@ def _spans_of(op: Any) -> list[Span]:
 
 
 def _native_config(rank: int, config: RuntimeConfig, topology: Topology) -> Any:
+    if config.ring_memory == "device":
+        raise ConfigError("ring_memory=device: rings of the CPU executor lie in host memory")
     native = _native.EngineConfig()
     native.rank = rank
     native.node_of_rank = list(topology.node_of_rank)

@@ -12,6 +12,7 @@ COMMLIB_JOB_TOKEN               secret that the ranks of one job share
 COMMLIB_RANK                    this process's rank
 COMMLIB_WORLD_SIZE              number of ranks
 COMMLIB_TRANSPORT               name of the scale-out transport: ucx | verbs | auto
+COMMLIB_RING_MEMORY             where the rings between nodes lie, for GPUs: host | device | auto
 COMMLIB_NUM_THREADS             worker threads of the CPU executor, per rank
 COMMLIB_NUM_PROXY_THREADS       threads that carry bytes between nodes, per rank
 COMMLIB_BOOTSTRAP               auto | mpi | zmq | torch
@@ -53,12 +54,22 @@ from typing import Any
 
 from commlib.errors import ConfigError
 
-__all__ = ["BOOTSTRAPS", "LOG_LEVELS", "SIGNALS", "Env", "cache_folder", "launcher_environment", "read_env"]
+__all__ = [
+    "BOOTSTRAPS",
+    "LOG_LEVELS",
+    "RING_MEMORIES",
+    "SIGNALS",
+    "Env",
+    "cache_folder",
+    "launcher_environment",
+    "read_env",
+]
 
 PREFIX = "COMMLIB_"
 LOG_LEVELS = ("debug", "info", "warning", "error")
 BOOTSTRAPS = ("auto", "mpi", "zmq", "torch")
 SIGNALS = ("write", "immediate")
+RING_MEMORIES = ("host", "device", "auto")
 
 _RENDEZVOUS = re.compile(r"tcp://(?P<host>\[[0-9A-Fa-f:.%]+\]|[^\s:/\[\]]+):(?P<port>\d{1,5})")
 
@@ -77,6 +88,7 @@ class Env:
     rank: int | None = None
     world_size: int | None = None
     transport: str | None = None
+    ring_memory: str | None = None
     num_threads: int | None = None
     num_proxy_threads: int | None = None
     bootstrap: str = "auto"
@@ -172,6 +184,7 @@ _PARSERS: dict[str, tuple[str, Callable[[str, str], Any]]] = {
     "COMMLIB_RANK": ("rank", _integer(0)),
     "COMMLIB_WORLD_SIZE": ("world_size", _integer(1)),
     "COMMLIB_TRANSPORT": ("transport", _word),
+    "COMMLIB_RING_MEMORY": ("ring_memory", _choice(RING_MEMORIES)),
     "COMMLIB_NUM_THREADS": ("num_threads", _integer(1)),
     "COMMLIB_NUM_PROXY_THREADS": ("num_proxy_threads", _integer(1, 8)),
     "COMMLIB_BOOTSTRAP": ("bootstrap", _choice(BOOTSTRAPS)),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from commlib import _native
 from commlib.bootstrap import Bootstrap
@@ -12,9 +14,31 @@ from commlib.env import read_env
 from commlib.topology import Topology
 from commlib.transport import transport_options
 
-__all__ = ["open_fabric"]
+__all__ = ["RingPlace", "open_fabric", "ring_memory_bytes"]
 
 _MAX_TAIL_BYTES = 1024  # what travels behind a row, at most
+
+
+class RingPlace(NamedTuple):
+    """Device memory for the rings of this rank, which stays what it is until the process ends, unless all ranks have
+    agreed to close.
+
+    Attributes:
+        address: in this process.
+        num_bytes: `ring_memory_bytes`.
+        export: gives a dmabuf of the memory, -1 if there is none; None: the transport needs none.
+        thread_setup: what a native thread calls to use the device: ThreadSetup of native/proxy/proxy_thread.hpp.
+    """
+
+    address: int
+    num_bytes: int
+    export: Callable[[], int] | None
+    thread_setup: tuple[int, int, int, int]
+
+
+def ring_memory_bytes(rank: int, config: RuntimeConfig, topology: Topology) -> int:
+    """Bytes of all rings of a rank."""
+    return int(_native.registered_bytes(rank, list(topology.node_of_rank), config.num_experts, config.ring_bytes)[1])
 
 
 def open_fabric(
@@ -26,6 +50,7 @@ def open_fabric(
     num_writers: int,
     cpus: list[int],
     timeout_s: float,
+    rings: RingPlace | None = None,
 ) -> Any:
     """A connected native Fabric that has not been started. Collective.
 
@@ -35,6 +60,7 @@ def open_fabric(
         num_writers: blocks of a kernel that give commands.
         cpus: on which proxy threads may run; none: on all.
         timeout_s: seconds within which all ranks must come.
+        rings: where rings lie; None: in host memory of the Fabric's own. On all ranks or on none.
 
     Raises:
         ConfigError, CapacityError, TransportError: on all ranks.
@@ -52,7 +78,7 @@ def open_fabric(
 
     def build() -> bytes:
         nonlocal fabric
-        fabric = _native.Fabric(native)
+        fabric = _build(native, rings)
         address: bytes = fabric.address()
         return address
 
@@ -64,3 +90,16 @@ def open_fabric(
     # Nobody may go on (or away) before the slowest has mapped everybody's memory.
     allgather_or_raise(boot, connect, timeout_s=timeout_s)
     return fabric
+
+
+def _build(native: Any, rings: RingPlace | None) -> Any:
+    if rings is None:
+        return _native.Fabric(native)
+    dmabuf = -1 if rings.export is None else rings.export()
+    try:
+        native.set_rings(rings.address, rings.num_bytes, dmabuf)
+        native.set_thread_setup(*rings.thread_setup)
+        return _native.Fabric(native)
+    finally:
+        if dmabuf >= 0:
+            os.close(dmabuf)  # what is registered keeps the memory

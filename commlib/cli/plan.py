@@ -56,6 +56,7 @@ class Forecast:
         launch: multiprocessors by role.
         dispatch, combine: one of each.
         registered_bytes: memory of a rank that the network writes and reads.
+        ring_bytes: of these, the rings, which may lie in GPU memory.
     """
 
     config: RuntimeConfig
@@ -65,6 +66,7 @@ class Forecast:
     dispatch: Step
     combine: Step
     registered_bytes: int
+    ring_bytes: int
 
 
 def forecast(
@@ -89,6 +91,10 @@ def forecast(
     scales = 4 * (config.hidden // 128) if fp8 else 0
     combine_slot = combine_slot_bytes(config.hidden, config.num_topk, 2, has_grads=False)
     exchange_bytes = _native.exchange_row_bytes(topology.num_ranks, topology.num_nodes, config.num_experts)
+
+    registered_bytes, ring_bytes = _native.registered_bytes(
+        0, list(topology.node_of_rank), config.num_experts, config.ring_bytes
+    )
 
     def step(row_bytes: int, slot_bytes: int) -> Step:
         ring = plan_ring(
@@ -118,9 +124,8 @@ def forecast(
             config.hidden * element + scales, dispatch_slot(config.hidden, config.num_topk, element).slot_bytes
         ),
         combine=step(config.hidden * 2, combine_slot),
-        registered_bytes=_native.registered_bytes(
-            0, list(topology.node_of_rank), config.num_experts, config.ring_bytes
-        ),
+        registered_bytes=registered_bytes,
+        ring_bytes=ring_bytes,
     )
 
 
@@ -180,5 +185,6 @@ def _line(plan: Forecast) -> str:
     )
     return (
         f"{plan.topology.num_nodes} nodes, {plan.topology.num_ranks} ranks, {plan.config.num_experts} experts: "
-        f"{steps}; {format_bytes(plan.registered_bytes)} registered; {plan.launch.describe()}"
+        f"{steps}; {format_bytes(plan.registered_bytes)} registered, {format_bytes(plan.ring_bytes)} of them rings; "
+        f"{plan.launch.describe()}"
     )

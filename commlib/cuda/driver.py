@@ -12,8 +12,11 @@ __all__ = [
     "Kernel",
     "KernelArguments",
     "bind_context",
+    "export_dmabuf",
+    "has_ordered_rdma",
     "load_kernels",
     "map_host_memory",
+    "thread_setup",
     "unmap_host_memory",
 ]
 
@@ -21,6 +24,12 @@ _DISABLE_TIMING = 2  # CU_EVENT_DISABLE_TIMING
 _MAX_DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 _HOST_PORTABLE, _HOST_DEVICEMAP = 1, 2  # CU_MEMHOSTREGISTER_*
+
+_USES_HOST_PAGE_TABLES = 100  # CU_DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS_USES_HOST_PAGE_TABLES
+_RDMA_WRITES_ORDERING = 118  # CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WRITES_ORDERING
+_ORDERED_FOR_OWNER = 100  # CU_GPU_DIRECT_RDMA_WRITES_ORDERING_OWNER
+_CAPTURE_MODE_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
+_DMA_BUF_FD = 1  # CU_MEM_RANGE_HANDLE_TYPE_DMA_BUF_FD
 
 _Pointer = ctypes.c_void_p
 
@@ -56,6 +65,51 @@ def bind_context(device_index: int) -> None:
     _check("cuCtxGetCurrent", _library().cuCtxGetCurrent(ctypes.byref(context)))
     if not context:
         _check("cuCtxSetCurrent", _library().cuCtxSetCurrent(_primary_context(device_index)))
+
+
+def thread_setup(device_index: int) -> tuple[int, int, int, int]:
+    """For native threads that use the device: cuCtxSetCurrent and its argument; cuThreadExchangeStreamCaptureMode and
+    the mode in which queries of events are allowed while another thread captures a graph."""
+    library = _library()
+    addresses = [
+        ctypes.cast(library.cuCtxSetCurrent, _Pointer).value,
+        _primary_context(device_index).value,
+        ctypes.cast(library.cuThreadExchangeStreamCaptureMode, _Pointer).value,
+    ]
+    set_context, context, exchange_mode = (address or 0 for address in addresses)
+    return set_context, context, exchange_mode, _CAPTURE_MODE_RELAXED
+
+
+def has_ordered_rdma(device_index: int) -> bool:
+    """Whether kernels of the device see what a network card has written to it, without a flush, once they see a word of
+    host memory that it has written later.
+
+    Not where such words come by a link of the processor's own (C2C), and data do not: docs/design.md, section 8.
+    """
+
+    def attribute(number: int) -> int:
+        value = ctypes.c_int()
+        _check("cuDeviceGetAttribute", _library().cuDeviceGetAttribute(ctypes.byref(value), number, device_index))
+        return value.value
+
+    return attribute(_RDMA_WRITES_ORDERING) >= _ORDERED_FOR_OWNER and attribute(_USES_HOST_PAGE_TABLES) == 0
+
+
+def export_dmabuf(address: int, num_bytes: int) -> int:
+    """A file descriptor of device memory for other drivers, the caller's to close; -1: this driver has none.
+
+    Args:
+        address, num_bytes: multiples of the host's page.
+    """
+    descriptor = ctypes.c_int(-1)
+    code = _library().cuMemGetHandleForAddressRange(
+        ctypes.byref(descriptor),
+        ctypes.c_uint64(address),
+        ctypes.c_size_t(num_bytes),
+        _DMA_BUF_FD,
+        ctypes.c_ulonglong(0),
+    )
+    return descriptor.value if code == 0 else -1
 
 
 class Kernel:

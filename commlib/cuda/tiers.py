@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ _TIMEOUT, _PEER_LOST = 1, 2  # FaultKind in native/common/fault.hpp
 class Tiers:
     """The native fabric of one rank, with its memory mapped for the device. Construction is collective.
 
-    Rings lie in pinned host memory: every transport can send from there and write there.
+    Words and rows that ranks tell each other lie in pinned host memory: every transport can write there, and nobody
+    needs to flush GPU memory to see a word. Rings lie there, too, or in GPU memory (`RuntimeConfig.ring_memory`).
 
     Attributes:
         plan: which blocks serve the network.
@@ -46,10 +48,12 @@ class Tiers:
         timeout_s: float,
         cpus: list[int],
     ) -> None:
-        from commlib.fabric import open_fabric  # here: one node needs no native core
+        from commlib.cuda.rings import open_with_rings  # here: one node needs no native core
+        from commlib.fabric import open_fabric, ring_memory_bytes
 
         self.rank, self.topology, self.plan = boot.rank, topology, plan
-        self._fabric: Any = open_fabric(
+        connect = partial(
+            open_fabric,
             boot,
             config,
             topology,
@@ -58,11 +62,21 @@ class Tiers:
             cpus=cpus,
             timeout_s=timeout_s,
         )
+        ring_bytes = ring_memory_bytes(boot.rank, config, topology)
+        self._fabric: Any
+        self._fabric, self._rings, self._ring_text = open_with_rings(
+            boot,
+            config.ring_memory,
+            ring_bytes,
+            config.transport == "verbs",
+            lambda place: connect(rings=place),
+            timeout_s,
+        )
         self._transport_text: str = self._fabric.describe_transport()
         self._counters: dict[str, Any] = {}
         self._mapped: list[int] = []
+        self.registered_bytes = 0 if self._rings is None else ring_bytes
         allgather_or_raise(boot, lambda: self._map(config.chunk_bytes), timeout_s=timeout_s)
-        self._fabric.start()
 
     def _map(self, chunk_bytes: int) -> bytes:
         pieces = (self._fabric.registered(), self._fabric.fifos(), self._fabric.completions())
@@ -70,7 +84,7 @@ class Tiers:
         for address, num_bytes in pieces:
             addresses.append(map_host_memory(address, num_bytes))
             self._mapped.append(address)
-        self.registered_bytes = int(pieces[0][1])
+        self.registered_bytes += int(pieces[0][1])
         view = self._fabric.device_view(*addresses, chunk_bytes)
         self.view = torch.frombuffer(bytearray(view), dtype=torch.uint8).cuda()
         torch.cuda.current_stream().synchronize()
@@ -90,7 +104,7 @@ class Tiers:
         return self._counters
 
     def describe(self) -> str:
-        return f"scale-out: {self._transport_text}; rings in pinned host memory; {self.plan.describe()}"
+        return f"scale-out: {self._transport_text}; rings in {self._ring_text}; {self.plan.describe()}"
 
     def fault(self) -> CommError | None:
         """What the proxy or another rank has found."""
@@ -122,6 +136,8 @@ class Tiers:
         while self._mapped:
             unmap_host_memory(self._mapped.pop())
         self._fabric = None  # its memory goes now, not when a collector finds this object
+        if self._rings is not None:
+            self._rings.release(is_quiet=is_quiet)
 
 
 def _error_of(fault: dict[str, Any], rank: int) -> CommError:

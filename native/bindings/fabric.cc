@@ -30,11 +30,6 @@ void connect(Fabric& fabric, const std::vector<nb::bytes>& blobs) {
   fabric.connect(addresses);
 }
 
-void start(Fabric& fabric) {
-  fabric.proxy().set_eager();
-  fabric.start();
-}
-
 Piece piece(const RegisteredMemory& memory) {
   return {reinterpret_cast<uintptr_t>(memory.base()), memory.bytes()};
 }
@@ -43,6 +38,29 @@ nb::bytes device_view(const Fabric& fabric, uint64_t memory, uint64_t fifos, uin
                       size_t chunk_bytes) {
   const DeviceFabric view = fabric.device_view({memory, fifos, completions}, chunk_bytes);
   return nb::bytes(reinterpret_cast<const char*>(&view), sizeof view);
+}
+
+void set_rings(FabricConfig& config, uintptr_t base, size_t bytes, int dmabuf_fd) {
+  config.rings = {reinterpret_cast<void*>(base), bytes, dmabuf_fd, 0};
+}
+
+void set_thread_setup(FabricConfig& config, uintptr_t set_context, uintptr_t context,
+                      uintptr_t exchange_capture_mode, int capture_mode) {
+  config.thread_setup = {reinterpret_cast<int (*)(void*)>(set_context),
+                         reinterpret_cast<void*>(context),
+                         reinterpret_cast<int (*)(int*)>(exchange_capture_mode), capture_mode};
+}
+
+const char* ring_reach(const Fabric& fabric) {
+  switch (fabric.ring_reach()) {
+    case DeviceReach::kDirect:
+      return "direct";
+    case DeviceReach::kStaged:
+      return "staged";
+    case DeviceReach::kUnseen:
+      break;
+  }
+  return "unseen";
 }
 
 // A wait of a kernel that passed its deadline.
@@ -93,12 +111,18 @@ void register_fabric(nb::module_& module) {
       .def_rw("heartbeat_timeout_s", &FabricConfig::heartbeat_timeout_s)
       .def_rw("config_digest", &FabricConfig::config_digest)
       .def_rw("transport", &FabricConfig::transport)
-      .def_rw("transport_options", &FabricConfig::transport_options);
+      .def_rw("transport_options", &FabricConfig::transport_options)
+      .def("set_rings", &set_rings, "base"_a, "bytes"_a, "dmabuf_fd"_a)
+      .def("set_thread_setup", &set_thread_setup, "set_context"_a, "context"_a,
+           "exchange_capture_mode"_a, "capture_mode"_a);
   nb::class_<Fabric>(module, "Fabric")
       .def(nb::init<const FabricConfig&>(), nb::call_guard<nb::gil_scoped_release>())
       .def("address", &address)
       .def("connect", &connect, "addresses"_a)
-      .def("start", &start)
+      .def("start", &Fabric::start_for_device)
+      .def("wait_ready", &Fabric::wait_ready, "timeout_s"_a,
+           nb::call_guard<nb::gil_scoped_release>())
+      .def("ring_reach", &ring_reach)
       .def("stop", &Fabric::stop, "is_clean"_a, nb::call_guard<nb::gil_scoped_release>())
       .def("raise_left", &Fabric::raise_left)
       .def("raise_lost", &Fabric::raise_lost, "peer"_a)

@@ -1,4 +1,5 @@
 // Facts about this build and machine for `commlib info`.
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -27,12 +28,13 @@ size_t row_bytes_of_exchange(int num_ranks, int num_nodes, int num_experts) {
   return exchange_row_bytes(num_ranks, num_nodes, num_experts);
 }
 
-// For forecasts: what an engine of that rank would register.
-size_t registered_bytes(int rank, const std::vector<int>& node_of_rank, int num_experts,
-                        size_t ring_bytes) {
+// What an engine of that rank registers, and how much of it are rings.
+std::pair<size_t, size_t> registered_bytes(int rank, const std::vector<int>& node_of_rank,
+                                           int num_experts, size_t ring_bytes) {
   const Group group(rank, node_of_rank, num_experts);
-  if (group.num_nodes() == 1) return 0;
-  return RegisteredRegion(group, rank, {exchange_row_bytes(group), ring_bytes}).total_bytes;
+  if (group.num_nodes() == 1) return {0, 0};
+  const RegisteredRegion region(group, rank, {exchange_row_bytes(group), ring_bytes});
+  return {region.total_bytes, region.ring_memory_bytes()};
 }
 
 }  // namespace

@@ -44,8 +44,10 @@ struct DeviceFabric {
   int32_t num_nodes, node, max_local_ranks, num_in_sources;
   int32_t num_proxy_threads, reserved;
   uint64_t ring_bytes, chunk_bytes;
-  uint8_t* memory;  // the registered region
-  uint8_t* fifos;   // [writer][proxy thread]: commands, then the tail
+  uint8_t* memory;  // the registered region up to `control_bytes`
+  uint8_t* rings;   // and from there on
+  uint64_t control_bytes;
+  uint8_t* fifos;  // [writer][proxy thread]: commands, then the tail
   uint64_t fifo_stride, fifo_tail, fifo_capacity;
   uint8_t* completions;  // [channel] line: puts whose local bytes may be reused
   uint8_t proxy_thread_of[kMaxFabricChannels];  // a channel's commands all take one way

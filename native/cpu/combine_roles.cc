@@ -227,7 +227,7 @@ class ForwardReduce : public Role {
     const Mesh& mesh = *context.mesh;
     const size_t local = mesh.registered().combine_send_ring_of(source);
     return {
-        mesh.memory().base() + local,
+        mesh.ring(local),
         local,
         mesh.registered_of(source).combine_recv_ring_of(mesh.group().node()),
         mesh.registered_word(RegisteredRegion::line(mesh.registered().combine_credit_in, source)),
@@ -385,7 +385,7 @@ class FinalReduce : public Role {
 
   static RecvRing::Place place(const CombineContext& context, int node) {
     const Mesh& mesh = *context.mesh;
-    return {mesh.memory().base() + mesh.registered().combine_recv_ring_of(node),
+    return {mesh.ring(mesh.registered().combine_recv_ring_of(node)),
             mesh.registered_word(RegisteredRegion::line(mesh.registered().combine_count_in, node)),
             context.proxy->channels().to_node(ChannelPurpose::kCombineCredit, node),
             &context.totals->combine_received[size_t(node)]};

@@ -172,7 +172,7 @@ class ScaleOutSend : public Role {
     const int peer = group.rail(group.rank(), node);
     const size_t local = mesh.registered().dispatch_send_ring_of(node);
     return {
-        mesh.memory().base() + local,
+        mesh.ring(local),
         local,
         mesh.registered_of(peer).dispatch_recv_ring_of(group.rank()),
         mesh.registered_word(RegisteredRegion::line(mesh.registered().dispatch_credit_in, node)),
@@ -234,7 +234,7 @@ class Forward : public Role {
   static RecvRing::Place place(const DispatchContext& context, int source) {
     const Mesh& mesh = *context.mesh;
     return {
-        mesh.memory().base() + mesh.registered().dispatch_recv_ring_of(source),
+        mesh.ring(mesh.registered().dispatch_recv_ring_of(source)),
         mesh.registered_word(RegisteredRegion::line(mesh.registered().dispatch_count_in, source)),
         context.proxy->channels().to_source(ChannelPurpose::kDispatchCredit, source),
         &context.totals->dispatch_received[size_t(source)]};

@@ -50,6 +50,7 @@ FabricConfig fabric_config(const EngineConfig& config) {
   out.config_digest = config.config_digest;
   out.transport = config.transport;
   out.transport_options = config.transport_options;
+  out.rings = config.rings;
   out.make_transport = config.make_transport;
   return out;
 }
@@ -133,8 +134,8 @@ void Engine::stop(bool is_clean) {
 
 MemoryReport Engine::memory() const {
   const Mesh& mesh = fabric_->mesh();
-  return {mesh.group().num_nodes() > 1 ? mesh.memory().bytes() : 0, mesh.arena()->committed_bytes(),
-          mesh.arena()->heap().used_bytes()};
+  return {mesh.group().num_nodes() > 1 ? mesh.registered().total_bytes : 0,
+          mesh.arena()->committed_bytes(), mesh.arena()->heap().used_bytes()};
 }
 
 }  // namespace commlib

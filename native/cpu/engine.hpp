@@ -30,6 +30,8 @@ struct EngineConfig {
   uint64_t config_digest = 0;  // ranks that disagree are told so in connect()
   std::string transport = "ucx";
   TransportOptions transport_options;  // see FabricConfig
+  // Test hooks: the rings in other memory that the processor reaches; transports.
+  DeviceRegion rings;
   std::function<std::unique_ptr<Transport>(PutListener*, int rank)> make_transport;
 };
 

@@ -16,6 +16,11 @@ __device__ inline T* registered(const Mesh& mesh, uint64_t offset) {
   return reinterpret_cast<T*>(mesh.fabric->memory + offset);
 }
 
+// Rings may lie in other memory than the words and rows before them.
+__device__ inline uint8_t* ring_at(const Mesh& mesh, uint64_t offset) {
+  return mesh.fabric->rings + (offset - mesh.fabric->control_bytes);
+}
+
 // Puts of a channel whose local bytes may be reused. Partner: the proxy's on_put_complete.
 __device__ inline uint64_t completed_puts(const Mesh& mesh, uint32_t channel) {
   return commlib::load_acquire(

@@ -131,7 +131,7 @@ struct Outgoing {
     return batch_slots(geometry, geometry.num_chunks - (total - drained));
   }
   __device__ uint8_t* slot(uint32_t i, uint32_t number) const {
-    return registered<uint8_t>(mesh, ends[numbers[i]].local_offset + ring(i).slot_offset(number));
+    return ring_at(mesh, ends[numbers[i]].local_offset + ring(i).slot_offset(number));
   }
   // Posts the chunks of a batch.
   __device__ bool tell(const Batch& batch) const {
@@ -180,7 +180,7 @@ struct Incoming {
     return batch_slots(ring(i), chunks);
   }
   __device__ const uint8_t* slot(uint32_t i, uint32_t number) const {
-    return registered<uint8_t>(mesh, ends[numbers[i]].local_offset + ring(i).slot_offset(number));
+    return ring_at(mesh, ends[numbers[i]].local_offset + ring(i).slot_offset(number));
   }
   // Gives the chunks of a batch back.
   __device__ bool tell(const Batch& batch) const {

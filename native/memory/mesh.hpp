@@ -38,13 +38,17 @@ class RegisteredMemory {
 
 class Mesh {
  public:
-  Mesh(Group group, const MemoryConfig& config, size_t heap_bytes, size_t max_arena_bytes)
+  // `rings`: where the registered region goes on behind its control_bytes, for instance on a
+  // device; nullptr: in one piece.
+  Mesh(Group group, const MemoryConfig& config, size_t heap_bytes, size_t max_arena_bytes,
+       uint8_t* rings = nullptr)
       : group_(std::move(group)),
         control_(group_, config),
         registered_(group_, group_.rank(), config),
         arena_(std::make_shared<Arena>(control_.total_bytes, heap_bytes,
                                        max_arena_bytes + control_.total_bytes)),
-        memory_(registered_.total_bytes),
+        memory_(rings != nullptr ? registered_.control_bytes : registered_.total_bytes),
+        rings_(rings != nullptr ? rings : memory_.base() + registered_.control_bytes),
         views_(static_cast<size_t>(group_.num_ranks())),
         remote_(static_cast<size_t>(group_.num_ranks())) {
     for (int peer : group_.scale_out_peers(group_.rank()))
@@ -58,7 +62,10 @@ class Mesh {
   const RegisteredRegion& registered() const { return registered_; }
   const RegisteredRegion& registered_of(int peer) const { return *remote_[size_t(peer)]; }
   const std::shared_ptr<Arena>& arena() const { return arena_; }
+  // The part of the registered region that is host memory.
   const RegisteredMemory& memory() const { return memory_; }
+  // Of a ring, by its offset in the registered region.
+  uint8_t* ring(size_t offset) const { return rings_ + (offset - registered_.control_bytes); }
   // Unmaps the peers; nothing may touch them afterwards.
   void unmap_peers() {
     for (auto& view : views_) view.reset();
@@ -81,6 +88,7 @@ class Mesh {
   RegisteredRegion registered_;
   std::shared_ptr<Arena> arena_;
   RegisteredMemory memory_;
+  uint8_t* rings_;
   std::vector<std::optional<ArenaView>> views_;
   std::vector<std::optional<RegisteredRegion>> remote_;
 };

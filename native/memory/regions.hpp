@@ -66,7 +66,8 @@ struct ControlRegion {
 };
 
 // Registered region of one rank. Indices: rank = any rank, node = any node (unused entries cost a
-// line each and keep the table simple); rings exist only for real partners.
+// line each and keep the table simple); rings exist only for real partners. What lies from
+// control_bytes on may be device memory.
 struct RegisteredRegion {
   size_t heartbeat_in = 0;     // [rank]
   size_t heartbeat_out = 0;    // source words of our own puts
@@ -80,6 +81,8 @@ struct RegisteredRegion {
   size_t dispatch_credit_in = 0;  // [node] chunks that the rail there has drained
   size_t combine_count_in = 0;    // [node] chunks that arrived from the rail there
   size_t combine_credit_in = 0;   // [source] chunks that the source has drained
+  size_t first_put_in = 0;        // [rank] 1 once its first put has come, see ProxyThread
+  size_t control_bytes = 0;       // of all above
   size_t dispatch_recv_ring = 0;  // [in_source index]
   size_t dispatch_send_ring = 0;  // [remote node index]
   size_t combine_recv_ring = 0;   // [remote node index]
@@ -112,7 +115,8 @@ struct RegisteredRegion {
     dispatch_credit_in = take(nodes * kLine);
     combine_count_in = take(nodes * kLine);
     combine_credit_in = take(num_ranks_ * kLine);
-    offset = align_up(offset, 4096);
+    first_put_in = take(num_ranks_ * kLine);
+    offset = control_bytes = align_up(offset, 4096);
     dispatch_recv_ring = take(in_sources_.size() * ring_bytes);
     dispatch_send_ring = take(remote_nodes_.size() * ring_bytes);
     combine_recv_ring = take(remote_nodes_.size() * ring_bytes);
@@ -120,6 +124,8 @@ struct RegisteredRegion {
     total_bytes = align_up(offset, 4096);
   }
 
+  // From control_bytes on.
+  size_t ring_memory_bytes() const { return total_bytes - control_bytes; }
   static size_t line(size_t base, int index) { return base + kLine * size_t(index); }
   size_t fault_record_in_of(int rank) const {
     return fault_record_in + sizeof(FaultRecord) * size_t(rank);

@@ -3,7 +3,11 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
+#include <thread>
+
+#include "common/backoff.hpp"
 
 namespace commlib {
 namespace {
@@ -55,21 +59,29 @@ void check_addresses(const FabricConfig& config, const Group& group, const Memor
                           " is 4 GiB or more");
 }
 
+void check_rings(const DeviceRegion& rings, const RegisteredRegion& registered) {
+  if (rings.base != nullptr && rings.bytes != registered.ring_memory_bytes())
+    throw ConfigException(std::to_string(rings.bytes) + " bytes for rings, which take " +
+                          std::to_string(registered.ring_memory_bytes()));
+}
+
 }  // namespace
 
 Fabric::Fabric(const FabricConfig& config) : config_(config), pid_(getpid()) {
   Group group(config.rank, config.node_of_rank, config.num_experts);
   const MemoryConfig memory{config.exchange_row_bytes, config.ring_bytes};
   check_addresses(config, group, memory);
+  check_rings(config.rings, RegisteredRegion(group, config.rank, memory));
   const bool has_scale_out = group.num_nodes() > 1;
-  mesh_ =
-      std::make_unique<Mesh>(std::move(group), memory, config.arena_bytes, config.max_arena_bytes);
+  mesh_ = std::make_unique<Mesh>(std::move(group), memory, config.arena_bytes,
+                                 config.max_arena_bytes, static_cast<uint8_t*>(config.rings.base));
   proxy_ = std::make_unique<Proxy>(*mesh_, board_, config.num_writers, config.num_proxy_threads);
   std::vector<std::unique_ptr<Transport>> transports(size_t(proxy_->num_threads()));
   if (has_scale_out) {
     TransportOptions options = config.transport_options;
     options.local_rank = mesh_->group().local_rank_of(config.rank);
     options.node = mesh_->group().node();
+    options.has_device_region = has_device_rings();
     for (int thread = 0; thread < proxy_->num_threads(); ++thread) {
       auto& transport = transports[size_t(thread)];
       PutListener* listener = proxy_->listener(thread);
@@ -77,10 +89,12 @@ Fabric::Fabric(const FabricConfig& config) : config_(config), pid_(getpid()) {
                       ? config.make_transport(listener, config.rank)
                       : make_transport(config.transport, listener, config.rank, options);
       transport->register_region(mesh_->memory().base(), mesh_->memory().bytes());
+      if (has_device_rings()) transport->register_device_region(config.rings);
     }
   }
   proxy_->set_transports(std::move(transports), config.heartbeat_timeout_s);
   proxy_->set_cpus(config.proxy_cpus);
+  proxy_->set_thread_setup(config.thread_setup);
   proxy_->set_channels(ChannelTable(mesh_->group(), [this](int peer) -> const RegisteredRegion& {
     return mesh_->registered_of(peer);
   }));
@@ -182,6 +196,26 @@ std::string Fabric::describe_threads() const {
   return text;
 }
 
+void Fabric::start_for_device() {
+  proxy_->set_eager();
+  if (has_device_rings()) proxy_->set_first_puts();
+  start();
+}
+
+bool Fabric::wait_ready(double timeout_s) const {
+  const double deadline = now_s() + timeout_s;
+  while (!proxy_->is_ready() && !board_.raised() && now_s() < deadline)
+    std::this_thread::sleep_for(std::chrono::microseconds(100));
+  return proxy_->is_ready();
+}
+
+DeviceReach Fabric::ring_reach() const {
+  DeviceReach worst = DeviceReach::kDirect;
+  for (int peer : mesh_->group().scale_out_peers(mesh_->group().rank()))
+    worst = std::min(worst, proxy_->transport(proxy_->thread_of(peer))->device_reach(peer));
+  return worst;
+}
+
 std::string Fabric::describe_transport() const {
   return transport_text_.empty() ? "none (one node)" : transport_text_;
 }
@@ -201,6 +235,9 @@ DeviceFabric Fabric::device_view(const FabricView& view, size_t chunk_bytes) con
   out.ring_bytes = here.ring_bytes;
   out.chunk_bytes = chunk_bytes;
   out.memory = reinterpret_cast<uint8_t*>(view.memory);
+  out.control_bytes = here.control_bytes;
+  out.rings = has_device_rings() ? static_cast<uint8_t*>(config_.rings.base)
+                                 : out.memory + here.control_bytes;
   out.fifos = reinterpret_cast<uint8_t*>(view.fifos);
   out.fifo_stride = FifoBank::kStride;
   out.fifo_tail = FifoBank::kTail;

@@ -27,12 +27,16 @@ struct FabricConfig {
   double heartbeat_timeout_s = 10;
   uint64_t config_digest = 0;  // ranks that disagree are told so in connect()
   std::string transport = "ucx";
-  TransportOptions transport_options;  // local_rank and node are filled in here
+  TransportOptions transport_options;  // what depends on the rest is filled in here
+  // Memory of the rings, ring_memory_bytes of RegisteredRegion, under the condition of
+  // Transport::register_device_region; nullptr: host memory of the fabric's own.
+  DeviceRegion rings;
+  ThreadSetup thread_setup;
   // Test hook: makes the transport of each proxy thread in place of the provider named above.
   std::function<std::unique_ptr<Transport>(PutListener*, int rank)> make_transport;
 };
 
-// Where a device sees the memory of a Fabric.
+// Where a device sees the host memory of a Fabric.
 struct FabricView {
   uint64_t memory = 0;
   uint64_t fifos = 0;
@@ -50,6 +54,12 @@ class Fabric {
   void connect(const std::vector<std::vector<uint8_t>>& addresses);
   bool is_connected() const { return is_connected_; }
   void start() { proxy_->start(); }
+  // For kernels: proxy threads never sleep. If rings are device memory, whole rings go to and fro
+  // first, since a provider may map a peer's memory at the first put, which must not wait for a
+  // kernel that waits for the put; then no command may come before all ranks are ready.
+  void start_for_device();
+  // Whether this rank is: polls for at most timeout_s, or until there is a fault.
+  bool wait_ready(double timeout_s) const;
   // Stops the proxy and unmaps the peers. Not clean: peers learn that this rank has gone. Nothing
   // may push commands any more. Idempotent; nothing in a forked child, where there is no thread.
   void stop(bool is_clean);
@@ -65,12 +75,15 @@ class Fabric {
   void raise_left();
   void raise_lost(int peer);
   std::string describe_transport() const;
+  // Of the peers' whose rings are reached worst; kDirect where there are no other nodes.
+  DeviceReach ring_reach() const;
 
   // For kernels; throws ConfigException if there are more ranks than they serve.
   DeviceFabric device_view(const FabricView& view, size_t chunk_bytes) const;
 
  private:
   bool has_transports() const;
+  bool has_device_rings() const { return config_.rings.base != nullptr; }
   std::string describe_threads() const;
   bool is_foreign() const;  // this process is a fork of the one that built it
 

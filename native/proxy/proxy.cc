@@ -59,6 +59,22 @@ void Proxy::set_cpus(const std::vector<int>& cpus) {
   for (auto& thread : threads_) thread->set_cpus(cpus);
 }
 
+void Proxy::set_thread_setup(const ThreadSetup& setup) {
+  for (auto& thread : threads_) thread->set_thread_setup(setup);
+}
+
+void Proxy::set_first_puts() {
+  std::vector<std::vector<int>> shares(threads_.size());
+  for (int peer : mesh_.group().scale_out_peers(mesh_.group().rank()))
+    shares[size_t(thread_of(peer))].push_back(peer);
+  for (size_t i = 0; i < shares.size(); ++i) threads_[i]->set_first_puts(std::move(shares[i]));
+}
+
+bool Proxy::is_ready() const {
+  return std::all_of(threads_.begin(), threads_.end(),
+                     [](const auto& thread) { return thread->is_ready(); });
+}
+
 CommandWriter Proxy::writer(int index) {
   std::vector<FifoProducer> mine;
   for (int thread = 0; thread < num_threads(); ++thread)

@@ -58,6 +58,10 @@ class Proxy {
                       double heartbeat_timeout_s);
   void set_channels(ChannelTable table);
   void set_cpus(const std::vector<int>& cpus);
+  void set_thread_setup(const ThreadSetup& setup);
+  // Before start(): see ProxyThread.
+  void set_first_puts();
+  bool is_ready() const;  // all threads are
   const ChannelTable& channels() const { return *table_; }
   int thread_of(int peer) const {
     const Group& group = mesh_.group();

@@ -17,6 +17,7 @@ constexpr int kBatch = 64;  // commands between two rounds of fence and signals,
 // the receiver would begin, and its credits come back, only when the link has run dry.
 constexpr uint64_t kBatchBytes = 128 << 10;
 constexpr uint64_t kNoChannel = ~0ull;  // token of puts that are not channel commands
+constexpr uint64_t kFirstPut = ~1ull;   // likewise, of post_first()
 
 uint64_t make_token(uint32_t channel, uint64_t index) { return uint64_t(channel) << 48 | index; }
 
@@ -72,8 +73,51 @@ void ProxyThread::pin() {
   (void)sched_setaffinity(0, sizeof set, &set);
 }
 
+void ProxyThread::run_setup() {
+  if (setup_.set_context == nullptr) return;
+  int mode = setup_.capture_mode;  // the old one comes back here
+  int code = setup_.set_context(setup_.context);
+  if (code == 0) code = setup_.exchange_capture_mode(&mode);
+  if (code == 0) return;
+  FaultRecord record;
+  record.kind = FaultKind::kTransport;
+  record.rank = mesh_.group().rank();
+  record.code = code;
+  record.set_phase("proxy/setup");
+  record.set_detail("the thread has no context of the device");
+  board_.raise(record);
+}
+
+void ProxyThread::post_first() {
+  const Group& group = mesh_.group();
+  const int rank = group.rank();
+  for (int peer : first_puts_) {
+    const int node = group.node_of(peer);
+    const RegisteredRegion& there = mesh_.registered_of(peer);
+    const bool is_rail = group.rail(rank, node) == peer;  // else we are its rail
+    transport_->put(
+        peer, mesh_.registered().dispatch_send_ring_of(node),
+        is_rail ? there.dispatch_recv_ring_of(rank) : there.combine_recv_ring_of(group.node()),
+        there.ring_bytes, kFirstPut);
+    transport_->fence(peer);
+    // Partner: is_ready() at the peer.
+    transport_->put_signal(peer, RegisteredRegion::line(there.first_put_in, rank), 1);
+  }
+}
+
+bool ProxyThread::is_ready() const {
+  if (num_first_puts_.load(std::memory_order_acquire) > 0)
+    return false;  // partner: on_put_complete
+  return std::all_of(first_puts_.begin(), first_puts_.end(), [this](int peer) {
+    return load_acquire(mesh_.registered_word(
+               RegisteredRegion::line(mesh_.registered().first_put_in, peer))) == 1;
+  });
+}
+
 void ProxyThread::loop() {
   pin();
+  run_setup();
+  post_first();
   // With remote peers an idle proxy must go on progressing: puts over TCP land only if it does.
   const auto idle_period = std::chrono::duration<double>(
       transport_ ? std::min(0.0005, monitor_->period_s()) : monitor_->period_s());
@@ -185,6 +229,10 @@ void ProxyThread::signal_dirty() {
 
 void ProxyThread::on_put_complete(uint64_t token) {
   if (token == kNoChannel) return;
+  if (token == kFirstPut) {
+    num_first_puts_.fetch_sub(1, std::memory_order_release);  // partner: is_ready()
+    return;
+  }
   const uint64_t number = token >> 48;
   const uint64_t index = token & ((1ull << 48) - 1);
   if (number >= channels_.size() || channels_[number] == nullptr ||

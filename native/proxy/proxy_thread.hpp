@@ -22,6 +22,16 @@ struct ProxyCounters {
   uint64_t signals = 0;
 };
 
+// What a proxy thread calls before all else, so that its transport may use a device: the context
+// becomes its current one, and what it calls does not break a capture of graphs on another thread.
+// Anything but 0 is an error of the driver's.
+struct ThreadSetup {
+  int (*set_context)(void*) = nullptr;
+  void* context = nullptr;
+  int (*exchange_capture_mode)(int*) = nullptr;
+  int capture_mode = 0;
+};
+
 // A channel as its proxy thread, which alone touches it, sees it.
 struct ProxyChannel {
   ChannelSpec spec;
@@ -44,6 +54,16 @@ class ProxyThread : public PutListener {
   void set_channels(std::vector<ProxyChannel*> channels) { channels_ = std::move(channels); }
   // CPUs to run on; empty: as the process may. Likewise.
   void set_cpus(std::vector<int> cpus) { cpus_ = std::move(cpus); }
+  // Likewise.
+  void set_thread_setup(const ThreadSetup& setup) { setup_ = setup; }
+  // A whole ring to each of these peers comes before all others, and theirs to us: so a provider
+  // maps a peer's memory. Likewise.
+  void set_first_puts(std::vector<int> peers) {
+    first_puts_ = std::move(peers);
+    num_first_puts_ = int(first_puts_.size());
+  }
+  // Those have left and come: nothing is under way to any ring any more.
+  bool is_ready() const;
   void start();
   // Drains the FIFOs, says good-bye if `is_clean`, shuts the transport down. Idempotent.
   void begin_stop(bool is_clean, double timeout_s);
@@ -64,6 +84,8 @@ class ProxyThread : public PutListener {
   void signal_dirty();
   void say_goodbye();
   void pin();
+  void run_setup();
+  void post_first();
   void check_transport();
   void raise_unknown_token(uint64_t channel, uint64_t index);
 
@@ -75,6 +97,9 @@ class ProxyThread : public PutListener {
   std::vector<ProxyChannel*> channels_;
   std::vector<ProxyChannel*> dirty_;
   std::vector<int> cpus_;
+  ThreadSetup setup_;
+  std::vector<int> first_puts_;
+  std::atomic<int> num_first_puts_{0};
 
   std::thread thread_;
   std::atomic<bool> stop_{false};

@@ -4,6 +4,7 @@
 #include <doctest/doctest.h>
 
 #include "tests/engine_group.hpp"
+#include "tests/other_rings.hpp"
 
 using namespace commlib;
 using namespace commlib::testing;
@@ -22,6 +23,7 @@ struct Case {
   size_t ring_bytes = 64 << 10;
   size_t chunk_bytes = 8 << 10;
   int num_proxy_threads = 1;
+  bool has_other_rings = false;  // not in one piece with the rest of the region
 };
 
 EngineConfig config_of(const Case& c) {
@@ -98,7 +100,10 @@ void check_combined(const Case& c, const Tokens& own, int rank, const std::vecto
 }
 
 void run_case(const Case& c, int repeats = 2) {
-  EngineGroup group(config_of(c));
+  OtherRings rings;
+  EngineGroup group(config_of(c), [&](EngineConfig& own) {
+    if (c.has_other_rings) own.rings = rings.make(own.rank, c.node_of_rank, c.ring_bytes);
+  });
   for (int repeat = 0; repeat < repeats; ++repeat) {
     std::vector<Tokens> all;
     for (int rank = 0; rank < group.size(); ++rank)
@@ -182,6 +187,12 @@ TEST_CASE("several proxy threads per rank") {
   Case uneven{{0, 0, 0, 1, 2, 2}, 12, 4, 16, {9, 8, 30, 12, 5, 14}};
   uneven.num_proxy_threads = 2;
   run_case(uneven);
+}
+TEST_CASE("rings in other memory") {
+  Case c{{0, 0, 1, 2}, 8, 3, 32, {37, 0, 11, 50}, 0.2, 8};
+  c.has_other_rings = true;
+  c.num_proxy_threads = 2;
+  run_case(c);
 }
 TEST_CASE("ring wraps many times") {
   run_case({{0, 1}, 4, 2, 64, {400, 300}, 0, 1, 1, 4 << 10, 1 << 10}, 3);

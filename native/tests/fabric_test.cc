@@ -7,9 +7,12 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <thread>
 
+#include "tests/fake_transport.hpp"
+#include "tests/other_rings.hpp"
 #include "tests/wait_until.hpp"
 #include "transport/providers.hpp"
 
@@ -37,19 +40,29 @@ FabricConfig config_of(int rank, const std::vector<int>& nodes, int num_proxy_th
   return config;
 }
 
+// Takes all and completes nothing.
+class SilentTransport final : public FakeTransport {
+ public:
+  using FakeTransport::FakeTransport;
+  void register_device_region(const DeviceRegion&) override {}
+};
+
 class Fabrics {
  public:
-  explicit Fabrics(const std::vector<int>& nodes, int num_proxy_threads = 1) {
+  explicit Fabrics(const std::vector<int>& nodes, int num_proxy_threads = 1,
+                   bool has_other_rings = false, const ThreadSetup& setup = {}) {
     std::vector<std::vector<uint8_t>> addresses;
     for (int rank = 0; rank < int(nodes.size()); ++rank) {
-      fabrics_.push_back(std::make_unique<Fabric>(config_of(rank, nodes, num_proxy_threads)));
+      FabricConfig config = config_of(rank, nodes, num_proxy_threads);
+      config.thread_setup = setup;
+      if (has_other_rings) config.rings = rings_.make(rank, nodes, kRingBytes);
+      fabrics_.push_back(std::make_unique<Fabric>(config));
       addresses.push_back(fabrics_.back()->address());
     }
     for (auto& fabric : fabrics_) fabric->connect(addresses);
-    for (auto& fabric : fabrics_) {
-      fabric->proxy().set_eager();
-      fabric->start();
-    }
+    for (auto& fabric : fabrics_) fabric->start_for_device();
+    // What kernels wait for, too.
+    for (auto& fabric : fabrics_) REQUIRE(fabric->wait_ready(10));
   }
   ~Fabrics() {
     std::vector<std::thread> threads;
@@ -69,6 +82,7 @@ class Fabrics {
   static uint64_t address(const RegisteredMemory& memory) {
     return reinterpret_cast<uint64_t>(memory.base());
   }
+  OtherRings rings_;
   std::vector<std::unique_ptr<Fabric>> fabrics_;
 };
 
@@ -98,6 +112,11 @@ uint8_t pattern(int from, int to, uint64_t chunk, int kind) {
   return uint8_t(from * 61 + to * 29 + int(chunk) * 7 + kind * 113);
 }
 
+// As ring_at there.
+uint8_t* ring_at(const DeviceFabric& view, uint64_t offset) {
+  return view.rings + (offset - view.control_bytes);
+}
+
 struct Lane {  // one ring, both ends
   int from, to;
   DeviceFabric *sender, *receiver;
@@ -110,8 +129,9 @@ struct Lane {  // one ring, both ends
 
 namespace {
 
-void check_device_view(const std::vector<int>& nodes, int num_proxy_threads) {
-  Fabrics fabrics(nodes, num_proxy_threads);
+void check_device_view(const std::vector<int>& nodes, int num_proxy_threads,
+                       bool has_other_rings = false) {
+  Fabrics fabrics(nodes, num_proxy_threads, has_other_rings);
   const int ranks = int(nodes.size());
   std::vector<DeviceFabric> views;
   for (int rank = 0; rank < ranks; ++rank) views.push_back(fabrics.view(rank));
@@ -141,7 +161,7 @@ void check_device_view(const std::vector<int>& nodes, int num_proxy_threads) {
   for (uint64_t chunk = 0; chunk < 2 * ring.num_chunks; ++chunk) {
     for (const Lane& lane : lanes) {
       const uint64_t offset = ring.chunk_offset(chunk);
-      std::memset(lane.sender->memory + lane.send.local_offset + offset,
+      std::memset(ring_at(*lane.sender, lane.send.local_offset + offset),
                   pattern(lane.from, lane.to, chunk, lane.kind), ring.chunk_bytes());
       REQUIRE(push(*lane.sender, 1,
                    {CommandKind::kPut, lane.send.channel, 1, uint32_t(ring.chunk_bytes()),
@@ -149,7 +169,8 @@ void check_device_view(const std::vector<int>& nodes, int num_proxy_threads) {
     }
     for (const Lane& lane : lanes) {
       REQUIRE(wait_until([&] { return word(*lane.receiver, lane.recv.count) == chunk + 1; }));
-      const uint8_t* at = lane.receiver->memory + lane.recv.local_offset + ring.chunk_offset(chunk);
+      const uint8_t* at =
+          ring_at(*lane.receiver, lane.recv.local_offset + ring.chunk_offset(chunk));
       const uint8_t want = pattern(lane.from, lane.to, chunk, lane.kind);
       REQUIRE(std::all_of(at, at + ring.chunk_bytes(), [&](uint8_t b) { return b == want; }));
       REQUIRE(
@@ -194,6 +215,69 @@ TEST_CASE("rings, counts, credits and completions lie where the device view says
   for (const std::vector<int>& nodes :
        {std::vector<int>{0, 0, 1, 1}, {0, 0, 1}, {0, 1, 2, 2, 2, 3}})
     check_device_view(nodes, 1);
+}
+
+TEST_CASE("the same with rings in other memory") {
+  check_device_view({0, 0, 1, 1}, 1, true);
+  check_device_view({0, 1, 2, 2, 2, 3}, 3, true);
+}
+
+TEST_CASE("rings in other memory are ready when one has gone to every peer") {
+  Fabrics fabrics({0, 1, 2, 2}, 2, true);
+  for (int rank = 0; rank < 4; ++rank) {
+    const DeviceFabric view = fabrics.view(rank);
+    CHECK(view.rings != view.memory + view.control_bytes);
+    CHECK(fabrics[rank].ring_reach() == DeviceReach::kUnseen);
+    CHECK(fabrics[rank].proxy().counters().data_bytes == 0);
+  }
+  CHECK_FALSE(fabrics[0].board().raised());
+  Fabrics whole({0, 1});
+  const DeviceFabric view = whole.view(0);
+  CHECK(view.rings == view.memory + view.control_bytes);
+}
+
+TEST_CASE("rings that nobody answers for are not ready, and of the wrong size not taken") {
+  OtherRings rings;
+  FabricConfig config = config_of(0, {0, 1});
+  config.make_transport = [](PutListener* listener, int) {
+    return std::make_unique<SilentTransport>(listener);
+  };
+  config.rings = rings.make(0, {0, 1}, kRingBytes);
+  Fabric fabric(config);
+  fabric.start_for_device();
+  CHECK_FALSE(fabric.wait_ready(0.05));
+  config.rings.bytes -= 64;
+  CHECK_THROWS_WITH_AS(Fabric{config}, doctest::Contains(" bytes for rings, which take "),
+                       ConfigException);
+}
+
+std::atomic<int> num_setups{0};
+int set_context(void* context) {
+  ++num_setups;
+  return *static_cast<int*>(context);
+}
+// Like the driver's.
+int exchange_capture_mode(int* mode) {
+  num_setups += *mode;
+  *mode = 0;
+  return 0;
+}
+
+TEST_CASE("every proxy thread is set up before all else; one that cannot be is a fault") {
+  int code = 0;
+  {
+    Fabrics fabrics({0, 1, 2}, 2, false, {&set_context, &code, &exchange_capture_mode, 10});
+    REQUIRE(wait_until([] { return num_setups == 3 * 2 * (1 + 10); }));
+    CHECK_FALSE(fabrics[0].board().raised());
+  }
+  code = 201;
+  FabricConfig config = config_of(0, {0, 1});
+  config.thread_setup = {&set_context, &code, &exchange_capture_mode, 10};
+  Fabric fabric(config);
+  fabric.start();
+  REQUIRE(wait_until([&] { return fabric.board().raised(); }));
+  CHECK(fabric.board().record().kind == FaultKind::kTransport);
+  CHECK(fabric.board().record().code == 201);
 }
 
 TEST_CASE("the same with several proxy threads, each of which serves some nodes") {

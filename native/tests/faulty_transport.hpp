@@ -53,6 +53,10 @@ class FaultyTransport final : public Transport, private PutListener {
     return "faults of seed " + std::to_string(plan_.seed) + " in " + inner_->describe();
   }
   void register_region(void* base, size_t bytes) override { inner_->register_region(base, bytes); }
+  void register_device_region(const DeviceRegion& region) override {
+    inner_->register_device_region(region);
+  }
+  DeviceReach device_reach(int peer) const override { return inner_->device_reach(peer); }
   std::vector<uint8_t> address() const override { return inner_->address(); }
   void connect(int peer, const std::vector<uint8_t>& address) override {
     inner_->connect(peer, address);

@@ -13,8 +13,6 @@
 
 namespace commlib::testing {
 
-using NodeMaker = std::function<std::unique_ptr<Transport>(PutListener*, int)>;
-
 inline void write_all(int fd, const void* data, size_t bytes) {
   if (write(fd, data, bytes) != static_cast<ssize_t>(bytes)) throw std::runtime_error("write");
 }

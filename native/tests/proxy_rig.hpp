@@ -61,7 +61,7 @@ class ProxyEnd {
   SendRing::Place send_place(int node) {
     const Group& group = mesh_.group();
     const size_t local = mesh_.registered().dispatch_send_ring_of(node);
-    return {mesh_.memory().base() + local,
+    return {mesh_.ring(local),
             local,
             mesh_.registered_of(group.rail(group.rank(), node)).dispatch_recv_ring_of(group.rank()),
             word(mesh_.registered().dispatch_credit_in, node),
@@ -69,7 +69,7 @@ class ProxyEnd {
             &totals_.dispatch_sent[size_t(node)]};
   }
   RecvRing::Place recv_place(int source) {
-    return {mesh_.memory().base() + mesh_.registered().dispatch_recv_ring_of(source),
+    return {mesh_.ring(mesh_.registered().dispatch_recv_ring_of(source)),
             word(mesh_.registered().dispatch_count_in, source),
             proxy_.channels().to_source(ChannelPurpose::kDispatchCredit, source),
             &totals_.dispatch_received[size_t(source)]};

@@ -66,6 +66,7 @@ std::vector<Range> registered_ranges(const Group& group, int rank, const Registe
     ranges.push_back({line(g.exchange_count_in, r), kLine, "exchange_count_in"});
     ranges.push_back({line(g.dispatch_count_in, r), kLine, "dispatch_count_in"});
     ranges.push_back({line(g.combine_credit_in, r), kLine, "combine_credit_in"});
+    ranges.push_back({line(g.first_put_in, r), kLine, "first_put_in"});
     for (uint64_t epoch : {4, 5})
       ranges.push_back({g.exchange_row_in_of(epoch, r), config.exchange_row_bytes, "row_in"});
   }
@@ -100,6 +101,14 @@ TEST_CASE("regions never overlap") {
       const RegisteredRegion own(group, rank, config);
       check_disjoint(registered_ranges(group, rank, own, config), own.total_bytes, 8);
       CHECK(own.total_bytes % kPage == 0);
+      CHECK(own.control_bytes % kPage == 0);
+      CHECK(own.control_bytes + own.ring_memory_bytes() == own.total_bytes);
+      // Rings lie behind the border, words and rows before it.
+      for (const Range& range : registered_ranges(group, rank, own, config)) {
+        const bool is_ring = range.name.ends_with("_ring");
+        CHECK_MESSAGE((range.begin >= own.control_bytes) == is_ring, range.name);
+        if (!is_ring) CHECK(range.begin + range.bytes <= own.control_bytes);
+      }
       CHECK(control.total_bytes % kPage == 0);
       // Puts are addressed in units.
       for (int source : group.in_sources(rank)) {

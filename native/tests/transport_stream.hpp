@@ -47,17 +47,53 @@ class TokenCounter : public PutListener {
   std::map<uint64_t, int> reports_;
 };
 
-// [send slots][receive slots][control words]
+// [send slots][receive slots][control words], all in one region; or [control words] there and the
+// slots in a device region, which is another mapping of host memory here.
 struct StreamShape {
   size_t slot_bytes = 7168;
   uint64_t messages = 1000;
   size_t slots = 8;
+  bool has_device_region = false;
 
-  size_t send_offset(uint64_t message) const { return (message % slots) * slot_bytes; }
-  size_t receive_offset(uint64_t message) const { return (slots + message % slots) * slot_bytes; }
-  size_t sequence_offset() const { return 2 * slots * slot_bytes; }  // written by the producer
-  size_t ack_offset() const { return sequence_offset() + 64; }       // written by the consumer
-  size_t region_bytes() const { return (ack_offset() + 64 + 4095) / 4096 * 4096; }
+  static constexpr size_t kPage = 4096;
+  size_t slots_offset() const { return has_device_region ? kPage : 0; }
+  size_t send_offset(uint64_t message) const {
+    return slots_offset() + (message % slots) * slot_bytes;
+  }
+  size_t receive_offset(uint64_t message) const {
+    return slots_offset() + (slots + message % slots) * slot_bytes;
+  }
+  size_t slots_end() const { return slots_offset() + 2 * slots * slot_bytes; }
+  size_t sequence_offset() const {  // written by the producer
+    return has_device_region ? 0 : slots_end();
+  }
+  size_t ack_offset() const { return sequence_offset() + 64; }  // written by the consumer
+  size_t region_bytes() const {
+    const size_t end = has_device_region ? slots_end() : ack_offset() + 64;
+    return (end + kPage - 1) / kPage * kPage;
+  }
+  size_t host_bytes() const { return has_device_region ? kPage : region_bytes(); }
+  size_t device_bytes() const { return region_bytes() - host_bytes(); }
+};
+
+// Zeroed host memory between two pages that nobody may touch: no other mapping is its continuation.
+class Mapping {
+ public:
+  explicit Mapping(size_t bytes) : bytes_((bytes + kGuard - 1) / kGuard * kGuard + 2 * kGuard) {
+    whole_ = mmap(nullptr, bytes_, PROT_NONE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    if (whole_ == MAP_FAILED) throw std::runtime_error("mmap failed");
+    if (mprotect(base(), bytes_ - 2 * kGuard, PROT_READ | PROT_WRITE) != 0)
+      throw std::runtime_error("mprotect failed");
+  }
+  ~Mapping() { munmap(whole_, bytes_); }
+  Mapping(const Mapping&) = delete;
+  Mapping& operator=(const Mapping&) = delete;
+  std::byte* base() const { return static_cast<std::byte*>(whole_) + kGuard; }
+
+ private:
+  static constexpr size_t kGuard = 4096;
+  size_t bytes_;
+  void* whole_;
 };
 
 // splitmix64: no two words of the stream are related.
@@ -68,34 +104,36 @@ inline uint64_t payload_word(uint64_t seed, uint64_t message, size_t index) {
   return z ^ (z >> 31);
 }
 
+using NodeMaker = std::function<std::unique_ptr<Transport>(PutListener*, int)>;
+
 // A rank: transport, region, tokens.
 struct Node {
-  Node(int rank_in, StreamShape shape_in,
-       const std::function<std::unique_ptr<Transport>(PutListener*, int)>& make)
-      : rank(rank_in), shape(shape_in) {
-    void* memory = mmap(nullptr, shape.region_bytes(), PROT_READ | PROT_WRITE,
-                        MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-    if (memory == MAP_FAILED) throw std::runtime_error("mmap failed");
-    base = static_cast<std::byte*>(memory);
+  Node(int rank_in, StreamShape shape_in, const NodeMaker& make)
+      : rank(rank_in),
+        shape(shape_in),
+        host(shape.host_bytes()),
+        device(shape.device_bytes()),
+        base(host.base()) {
     transport = make(&tokens, rank);
-    transport->register_region(base, shape.region_bytes());
+    transport->register_region(base, shape.host_bytes());
+    if (shape.has_device_region)
+      transport->register_device_region({device.base(), shape.device_bytes(), -1, 0});
   }
-  ~Node() {
-    transport.reset();
-    munmap(base, shape.region_bytes());
-  }
-  Node(const Node&) = delete;
-  Node& operator=(const Node&) = delete;
 
-  uint64_t* words(size_t offset) { return reinterpret_cast<uint64_t*>(base + offset); }
+  uint64_t* words(size_t offset) {
+    const size_t border = shape.host_bytes();
+    return reinterpret_cast<uint64_t*>(offset < border ? base + offset
+                                                       : device.base() + (offset - border));
+  }
   // Acquire: partner is the release in the peer's put_signal.
   uint64_t load(size_t offset) { return __atomic_load_n(words(offset), __ATOMIC_ACQUIRE); }
 
   int rank;
   StreamShape shape;
   TokenCounter tokens;
-  std::unique_ptr<Transport> transport;
-  std::byte* base = nullptr;
+  Mapping host, device;
+  std::byte* base;
+  std::unique_ptr<Transport> transport;  // goes before the memory
 };
 
 // Verifies messages as they arrive, on its own thread.

@@ -12,6 +12,8 @@
 #include <optional>
 
 #include "tests/peer_process.hpp"
+#include "tests/scoped_variable.hpp"
+#include "tests/stream_pair.hpp"
 #include "transport/providers.hpp"
 
 namespace commlib::testing {
@@ -26,80 +28,10 @@ std::unique_ptr<Transport> make_node_transport(PutListener* listener, int rank) 
   return make_transport("ucx", listener, rank);
 }
 
-// Of the environment; null: not set.
-class ScopedVariable {
- public:
-  ScopedVariable(const char* name, const char* value) : name_(name) {
-    if (const char* before = getenv(name)) before_ = before;
-    set(value);
-  }
-  ~ScopedVariable() { set(before_ ? before_->c_str() : nullptr); }
-
- private:
-  void set(const char* value) const {
-    if (value != nullptr)
-      setenv(name_, value, 1);
-    else
-      unsetenv(name_);
-  }
-  const char* name_;
-  std::optional<std::string> before_;
-};
-
-// UCX reads its environment when a transport is made. Null: what the machine offers.
-struct ScopedTls : ScopedVariable {
-  explicit ScopedTls(const char* tls) : ScopedVariable("UCX_TLS", tls) {}
-};
-
-constexpr double kPatience = 30.0;  // only a hang takes that long
-
-struct Outcome {
-  bool is_complete = false;
-  uint64_t bad_words = 0;
-  bool tokens_once = false;
-  std::string fault;
-};
-
-// Runs one end until done; `done` is counted up so that both ends progress until both are done.
-Outcome run_end(Node& node, int peer, std::atomic<int>& done) {
-  Stream stream(node, peer, true, true);
-  const auto start = Clock::now();
-  Outcome outcome;
-  bool is_counted = false;
-  while (done.load() < 2 && seconds_since(start) < kPatience) {
-    outcome.is_complete = stream.step();
-    if (outcome.is_complete && !is_counted) {
-      is_counted = true;
-      ++done;
-    }
-  }
-  if (const auto fault = node.transport->take_fault()) outcome.fault = fault->message;
-  outcome.bad_words = stream.bad_words();
-  outcome.tokens_once = node.tokens.each_once(node.shape.messages);
-  return outcome;
-}
-
 void check_pair(const char* tls, StreamShape shape) {
   ScopedTls scoped(tls);
   Node a(0, shape, make_node_transport), b(1, shape, make_node_transport);
-  a.transport->connect(1, b.transport->address());
-  b.transport->connect(0, a.transport->address());
-  std::atomic<int> done{0};
-  std::vector<Outcome> outcomes(2);
-  std::thread other([&] { outcomes[1] = run_end(b, 0, done); });
-  outcomes[0] = run_end(a, 1, done);
-  other.join();
-  MESSAGE(a.transport->describe());
-  for (const Outcome& outcome : outcomes) {
-    CHECK(outcome.is_complete);
-    CHECK(outcome.bad_words == 0);
-    CHECK(outcome.tokens_once);
-    CHECK(outcome.fault == "");
-  }
-  a.transport->shutdown(1.0);
-  b.transport->shutdown(1.0);
-  CHECK_FALSE(a.transport->take_fault().has_value());
-  CHECK_FALSE(b.transport->take_fault().has_value());
+  check_stream_pair(a, b);
 }
 
 // tcp+self keeps two processes of one host off shared memory.

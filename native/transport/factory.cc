@@ -8,7 +8,7 @@ std::unique_ptr<Transport> make_transport(const std::string& name, PutListener* 
                                           const TransportOptions& options) {
   if (name == "verbs" || (name == "auto" && has_verbs(options)))
     return make_verbs(listener, rank, options);
-  if (name == "ucx" || name == "auto") return make_ucx(listener, rank);
+  if (name == "ucx" || name == "auto") return make_ucx(listener, rank, options);
   if (name == "loopback") return make_loopback(listener, rank);
   if (name == "null") return make_null(listener, rank);
   throw std::invalid_argument("transport '" + name +

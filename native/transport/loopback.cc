@@ -10,6 +10,7 @@
 #include <mutex>
 #include <thread>
 #include <unordered_map>
+#include <utility>
 
 #include "transport/provider_base.hpp"
 #include "transport/providers.hpp"
@@ -43,9 +44,11 @@ class Link {
   std::atomic<int> state_{kIdle};
 };
 
+struct NoKey {};
+using Map = RegionMap<NoKey>;
+
 struct Region {
-  std::byte* base = nullptr;
-  size_t bytes = 0;
+  Map map;
   std::mutex mutex;  // guards the rest; taken only by connect() and shutdown()
   std::vector<std::shared_ptr<Link>> links;
   bool closed = false;
@@ -79,14 +82,14 @@ class Registry {
 };
 
 struct Put {
-  size_t local_offset;
-  size_t remote_offset;
+  uint64_t from;  // addresses
+  uint64_t to;
   size_t bytes;
   uint64_t token;
 };
 
 struct Signal {
-  size_t remote_offset;
+  uint64_t to;
   uint64_t value;
 };
 
@@ -118,9 +121,14 @@ class LoopbackTransport final : public ProviderBase {
   void register_region(void* base, size_t bytes) override {
     if (region_) throw TransportException("register_region", 0, -1, "already registered");
     region_ = std::make_shared<Region>();
-    region_->base = static_cast<std::byte*>(base);
-    region_->bytes = bytes;
+    region_->map.add(reinterpret_cast<uint64_t>(base), bytes, {});
     id_ = Registry::instance().add(region_);
+  }
+  // Of memory that the processor reaches: a second mapping.
+  void register_device_region(const DeviceRegion& region) override {
+    if (!region_ || region_->map.has_device())
+      throw TransportException("register_device_region", 0, -1, "once, behind a host region");
+    region_->map.add(reinterpret_cast<uint64_t>(region.base), region.bytes, {});
   }
 
   std::vector<uint8_t> address() const override {
@@ -143,7 +151,7 @@ class LoopbackTransport final : public ProviderBase {
   Peer* find_peer(int peer);
   void fail(int peer, const std::string& call, const std::string& message);
   int run(Peer& peer);
-  void store_signal(const Peer& peer, const Signal& signal) const;
+  void store_signal(const Signal& signal) const;
 
   LoopbackOptions options_;
   std::shared_ptr<Region> region_;
@@ -197,14 +205,17 @@ void LoopbackTransport::put(int peer, size_t local_offset, size_t remote_offset,
                             uint64_t token) {
   Peer* entry = find_peer(peer);
   if (entry == nullptr) return complete_later(token);
-  entry->groups.back().puts.push_back({local_offset, remote_offset, bytes, token});
-  const size_t remote_bytes = entry->region->bytes;
-  const size_t local_bytes = region_ ? region_->bytes : 0;
-  if (!is_inside(remote_offset, bytes, remote_bytes)) {
-    fail(peer, "put", "remote " + describe_range(remote_offset, bytes, remote_bytes));
-  } else if (!is_inside(local_offset, bytes, local_bytes)) {
-    fail(peer, "put", "local " + describe_range(local_offset, bytes, local_bytes));
+  const Map& there = entry->region->map;
+  const Map& here = region_ ? region_->map : Map();
+  const auto to = there.find(remote_offset, bytes), from = here.find(local_offset, bytes);
+  if (to && from) {
+    entry->groups.back().puts.push_back({from->address, to->address, bytes, token});
+    return;
   }
+  complete_later(token);
+  fail(peer, "put",
+       to ? "local " + here.refusal(local_offset, bytes)
+          : "remote " + there.refusal(remote_offset, bytes));
 }
 
 void LoopbackTransport::fence(int peer) {
@@ -215,16 +226,13 @@ void LoopbackTransport::fence(int peer) {
 void LoopbackTransport::put_signal(int peer, size_t remote_offset, uint64_t value) {
   Peer* entry = find_peer(peer);
   if (entry == nullptr) return;
-  const size_t bytes = entry->region->bytes;
-  if (!is_inside(remote_offset, sizeof(value), bytes) || remote_offset % sizeof(value) != 0) {
-    return fail(peer, "put_signal",
-                "word misaligned, or " + describe_range(remote_offset, sizeof(value), bytes));
-  }
-  entry->groups.back().signals.push_back({remote_offset, value});
+  const auto word = entry->region->map.find_word(remote_offset);
+  if (!word) return fail(peer, "put_signal", entry->region->map.word_refusal(remote_offset));
+  entry->groups.back().signals.push_back({word->address, value});
 }
 
-void LoopbackTransport::store_signal(const Peer& peer, const Signal& signal) const {
-  auto* word = reinterpret_cast<uint64_t*>(peer.region->base + signal.remote_offset);
+void LoopbackTransport::store_signal(const Signal& signal) const {
+  auto* word = reinterpret_cast<uint64_t*>(signal.to);
   if (options_.seed_missing_release) {
     __atomic_store_n(word, signal.value, __ATOMIC_RELAXED);
   } else {
@@ -237,19 +245,26 @@ void LoopbackTransport::store_signal(const Peer& peer, const Signal& signal) con
 int LoopbackTransport::run(Peer& peer) {
   Group& group = peer.groups.front();
   auto copy = [&](const Put& put) {
-    std::memcpy(peer.region->base + put.remote_offset, region_->base + put.local_offset, put.bytes);
+    std::memcpy(reinterpret_cast<void*>(put.to), reinterpret_cast<const void*>(put.from),
+                put.bytes);
     complete_later(put.token);
   };
   int events = 0;
+  // No fence holds a put back: the newest go first.
+  if (options_.reorder_unfenced && peer.groups.size() > 1 && !peer.groups.back().puts.empty()) {
+    const std::vector<Put> puts = std::exchange(peer.groups.back().puts, {});
+    std::for_each(puts.rbegin(), puts.rend(), copy);
+    return static_cast<int>(puts.size());
+  }
   if (options_.reorder_unfenced && !group.signals.empty() && !group.puts.empty()) {
-    for (const Signal& signal : group.signals) store_signal(peer, signal);
+    for (const Signal& signal : group.signals) store_signal(signal);
     events = static_cast<int>(group.signals.size());
     group.signals.clear();
     return events;
   }
   if (options_.reorder_unfenced) std::reverse(group.puts.begin(), group.puts.end());
   for (const Put& put : group.puts) copy(put);
-  for (const Signal& signal : group.signals) store_signal(peer, signal);
+  for (const Signal& signal : group.signals) store_signal(signal);
   events = static_cast<int>(group.puts.size() + group.signals.size());
   peer.groups.pop_front();
   if (peer.groups.empty()) peer.groups.emplace_back();

@@ -13,6 +13,7 @@ class NullTransport final : public ProviderBase {
   std::string name() const override { return "null"; }
   std::string describe() const override { return "null: puts complete, no data moves"; }
   void register_region(void*, size_t) override {}
+  void register_device_region(const DeviceRegion&) override {}
   std::vector<uint8_t> address() const override { return {}; }
   void connect(int, const std::vector<uint8_t>&) override {}
   void put(int, size_t, size_t, size_t, uint64_t token) override { complete_later(token); }

@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "transport/region_map.hpp"
 #include "transport/transport.hpp"
 
 namespace commlib {
@@ -53,15 +54,5 @@ class ProviderBase : public Transport {
   std::deque<TransportFault> faults_;
   std::set<int> faulted_;
 };
-
-// True if [offset, offset + bytes) lies inside a region of region_bytes; safe against overflow.
-inline bool is_inside(size_t offset, size_t bytes, size_t region_bytes) {
-  return offset <= region_bytes && bytes <= region_bytes - offset;
-}
-
-inline std::string describe_range(size_t offset, size_t bytes, size_t region_bytes) {
-  return "offset=" + std::to_string(offset) + " bytes=" + std::to_string(bytes) +
-         " is outside the region of " + std::to_string(region_bytes) + " bytes";
-}
 
 }  // namespace commlib

@@ -9,15 +9,17 @@
 namespace commlib {
 
 struct LoopbackOptions {
-  // Runs what lies between two fences in the worst order that the contract allows: first the
-  // signals, in a later progress() the puts backwards. A forgotten fence then fails at once.
+  // Runs commands in the worst order that the contract allows: first the signals in front of a
+  // fence, in a later progress() the puts there backwards, and the puts behind all fences before
+  // both. A forgotten fence then fails at once.
   bool reorder_unfenced = true;
   // Negative control for race detectors: signals become relaxed stores, so that nothing orders
   // the payload before them.
   bool seed_missing_release = false;
 };
 
-std::unique_ptr<Transport> make_ucx(PutListener* listener, int rank);
+std::unique_ptr<Transport> make_ucx(PutListener* listener, int rank,
+                                    const TransportOptions& options = {});
 std::unique_ptr<Transport> make_verbs(PutListener* listener, int rank,
                                       const TransportOptions& options = {});
 // True if libibverbs can be loaded and the ports that make_verbs would take, of those listed in

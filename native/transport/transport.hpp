@@ -1,7 +1,8 @@
 // The provider interface: how bytes reach a peer that does not share our memory.
 //
 // A transport knows peers, regions and commands. It never knows tokens, experts or epochs. Every
-// rank registers one region, every offset below is an offset into such a region.
+// rank registers one region of host memory, and perhaps one of device memory, whose offsets go on
+// where those of the first end. Every offset below is such an offset.
 //
 // Threading: `register_region`, `address` and `connect` are called during set-up, everything else
 // on one thread (the proxy). An object may move between threads if the caller synchronises.
@@ -9,7 +10,9 @@
 // Visibility: bytes of a put land at the peer in any order until a `fence`. A consumer that reads
 // the word of a `put_signal` with an acquire load and finds the new value sees every byte of all
 // puts posted before the fence that precedes the signal. A signal without a fence may overtake the
-// puts before it. Signals to the same word keep their order, fence or not.
+// puts before it. Signals to the same word keep their order, fence or not. Words lie in host
+// memory; the bytes may lie in device memory, and the consumer may be that device (docs/design.md,
+// section 8, says what that rests on).
 //
 // Bytes may land only while the receiver calls `progress()` (UCX over TCP, also within a host;
 // verbs until a connection is made, and signals by immediate): every rank calls it all the time,
@@ -17,7 +20,9 @@
 //
 // No byte lands once the receiver's `shutdown` has returned, whatever its peers do: its memory may
 // be freed, and belong to something else, while they still put. So a provider may not use a way on
-// which the sender alone decides (copies into another process, mappings of its memory).
+// which the sender alone decides (copies into another process, mappings of its memory), but for
+// device memory whose owner keeps it as it is until the process ends, unless all ranks have agreed
+// to close.
 //
 // Judging a peer: a transport reports positive evidence (connection reset, process gone). A peer
 // that is merely silent (stopped, partitioned, slow) is never a fault here, the runtime's heartbeat
@@ -88,7 +93,9 @@ struct TransportOptions {
   int traffic_class = 0;
   int service_level = 0;
   bool signal_by_immediate = false;  // see verbs.hpp
-  uint32_t send_operations = 128;    // in flight per peer, at most
+  // A device region will be registered, under the condition of `register_device_region`.
+  bool has_device_region = false;
+  uint32_t send_operations = 128;  // in flight per peer, at most
   size_t send_bytes = 8 << 20;
 };
 
@@ -104,12 +111,19 @@ class PutListener {
 
 // Memory of a GPU. A provider may use the dmabuf (offset bytes into it lies `base`), or reach the
 // memory by its address if the driver allows that; if neither works it throws
-// RegistrationException, and the caller goes through host memory.
+// RegistrationException, and the caller takes host memory.
 struct DeviceRegion {
   void* base = nullptr;
   size_t bytes = 0;
   int dmabuf_fd = -1;
   uint64_t dmabuf_offset = 0;
+};
+
+// How puts between device regions travel.
+enum class DeviceReach {
+  kUnseen,  // the provider takes the memory for the host's, or knows none
+  kStaged,  // through host memory, by the processors
+  kDirect,  // a card or a copy engine reads and writes it
 };
 
 class Transport {
@@ -125,9 +139,14 @@ class Transport {
   // Throws RegistrationException (limits) or TransportException.
   virtual void register_region(void* base, size_t bytes) = 0;
 
-  // The same for device memory, see DeviceRegion. The default knows no devices and throws
+  // After register_region: the offsets behind it mean this memory. Where the options announce it, a
+  // peer may go on writing there after our shutdown, so it must stay what it is until the process
+  // ends, unless all ranks have agreed to close. The default knows no devices and throws
   // TransportException.
   virtual void register_device_region(const DeviceRegion& region);
+
+  // After `connect`. kUnseen without a device region at both ends.
+  virtual DeviceReach device_reach(int) const { return DeviceReach::kUnseen; }
 
   // What a peer needs to reach this rank's region. Opaque, exchanged by the caller.
   virtual std::vector<uint8_t> address() const = 0;
@@ -137,18 +156,18 @@ class Transport {
 
   // Copies local [local_offset, +bytes) to the peer's [remote_offset, +bytes). The token goes to
   // the listener exactly once, when the local bytes may be reused; also when the put failed. A
-  // range outside either region is a fault of the peer and moves nothing. What the connection
-  // cannot take yet is queued without bound: the caller bounds it (a slot is not reused before its
-  // token has come back).
+  // range that does not lie in one region is a fault of the peer and moves nothing. What the
+  // connection cannot take yet is queued without bound: the caller bounds it (a slot is not reused
+  // before its token has come back).
   virtual void put(int peer, size_t local_offset, size_t remote_offset, size_t bytes,
                    uint64_t token) = 0;
 
-  // Puts and signals to this peer posted later become visible after those posted earlier. Does not
-  // block. Free if nothing was posted since the last fence.
+  // Signals to this peer posted later become visible after what was posted earlier. Puts posted
+  // later need not wait. Does not block. Free if nothing was posted since the last fence.
   virtual void fence(int peer) = 0;
 
-  // Stores the 8-byte value at the peer; partner: the acquire load of whoever polls the word.
-  // The word is copied before the call returns; there is no completion report.
+  // Stores the 8-byte value at the peer, in host memory; partner: the acquire load of whoever polls
+  // the word. The value is copied before the call returns; there is no completion report.
   virtual void put_signal(int peer, size_t remote_offset, uint64_t value) = 0;
 
   // Advances everything; returns the number of events handled. Never blocks.

@@ -29,15 +29,15 @@ void UcxTransport::put(int peer, size_t local_offset, size_t remote_offset, size
                        uint64_t token) {
   Peer* entry = find_peer(peer, "put");
   if (entry == nullptr) return complete_later(token);
-  const bool is_local_inside = is_inside(local_offset, bytes, bytes_);
-  if (is_local_inside && is_inside(remote_offset, bytes, entry->remote_bytes)) {
+  const bool is_local_inside = memory_.find(local_offset, bytes).has_value();
+  if (is_local_inside && entry->memory.find(remote_offset, bytes)) {
     return submit(*entry, {CommandKind::kPut, local_offset, remote_offset, bytes, token});
   }
   // Emulated puts are not checked at the receiver: this would overwrite foreign memory.
   complete_later(token);
   fail_peer(*entry, UCS_ERR_INVALID_PARAM, "put",
-            is_local_inside ? "remote " + describe_range(remote_offset, bytes, entry->remote_bytes)
-                            : "local " + describe_range(local_offset, bytes, bytes_));
+            is_local_inside ? "remote " + entry->memory.refusal(remote_offset, bytes)
+                            : "local " + memory_.refusal(local_offset, bytes));
 }
 
 void UcxTransport::fence(int peer) {
@@ -51,22 +51,21 @@ void UcxTransport::fence(int peer) {
 void UcxTransport::put_signal(int peer, size_t remote_offset, uint64_t value) {
   Peer* entry = find_peer(peer, "put_signal");
   if (entry == nullptr) return;
-  constexpr size_t bytes = sizeof(value);
-  if (remote_offset % bytes != 0 || !is_inside(remote_offset, bytes, entry->remote_bytes)) {
-    return fail_peer(
-        *entry, UCS_ERR_INVALID_PARAM, "put_signal",
-        "word misaligned, or " + describe_range(remote_offset, bytes, entry->remote_bytes));
+  if (!entry->memory.find_word(remote_offset)) {
+    return fail_peer(*entry, UCS_ERR_INVALID_PARAM, "put_signal",
+                     entry->memory.word_refusal(remote_offset));
   }
   // The signals of one word keep their order.
   auto& signalled = entry->signalled;
   if (std::find(signalled.begin(), signalled.end(), remote_offset) != signalled.end()) fence(peer);
   signalled.push_back(remote_offset);
-  submit(*entry, {CommandKind::kSignal, 0, remote_offset, bytes, value});
+  submit(*entry, {CommandKind::kSignal, 0, remote_offset, sizeof(value), value});
 }
 
 void UcxTransport::submit(Peer& peer, const Command& command) {
   if (command.kind != CommandKind::kFence) peer.posted_since_fence = true;
-  if (!peer.is_flushing && peer.held.empty()) return execute(peer, command);
+  const bool is_clear = !peer.is_flushing && peer.held.empty();
+  if (is_clear || command.kind == CommandKind::kPut) return execute(peer, command);
   peer.held.push_back(command);
   ++held_;
 }
@@ -106,12 +105,13 @@ void UcxTransport::post(Peer& peer, const Command& command) {
   param.user_data = operation;
   const void* local = &operation->value;
   if (command.kind == CommandKind::kPut) {
+    const auto from = *memory_.find(command.local_offset, command.bytes);
     param.op_attr_mask |= UCP_OP_ATTR_FIELD_MEMH;
-    param.memh = memory_;
-    local = base_ + command.local_offset;
+    param.memh = from.key;
+    local = reinterpret_cast<const void*>(from.address);
   }
-  track(operation, ucp_put_nbx(peer.ep, local, command.bytes,
-                               peer.remote_base + command.remote_offset, peer.rkey, &param));
+  const auto to = *peer.memory.find(command.remote_offset, command.bytes);
+  track(operation, ucp_put_nbx(peer.ep, local, command.bytes, to.address, to.key, &param));
 }
 
 void UcxTransport::start_flush(Peer& peer) {
@@ -157,7 +157,7 @@ void UcxTransport::finish(Operation* operation, ucs_status_t status) {
   free_.push_back(operation);
 }
 
-// The commands behind a finished flush, up to the next fence.
+// What is behind a finished flush, up to the next fence.
 int UcxTransport::release_held() {
   if (held_ == 0) return 0;
   int released = 0;
@@ -194,9 +194,6 @@ void UcxTransport::fail_peer(Peer& peer, int code, const std::string& call,
                              const std::string& message) {
   if (peer.failed) return;
   peer.failed = true;
-  for (const Command& command : peer.held) {
-    if (command.kind == CommandKind::kPut) complete_later(command.value);
-  }
   held_ -= peer.held.size();
   peer.held.clear();
   if (is_shut_down_) return;  // peers close too, in any order
@@ -242,11 +239,7 @@ void UcxTransport::shutdown(double timeout_s) noexcept {
 // follows.
 void UcxTransport::complete_leftovers() {
   for (const auto& peer : peers_) {
-    if (peer == nullptr) continue;
-    for (const Command& command : peer->held) {
-      if (command.kind == CommandKind::kPut) complete_later(command.value);
-    }
-    peer->held.clear();
+    if (peer != nullptr) peer->held.clear();
   }
   held_ = 0;
   for (Operation& operation : operations_) {

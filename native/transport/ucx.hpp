@@ -4,7 +4,8 @@
 // needs nothing from the receiver. Where the receiver must help (TCP, also between processes of one
 // host), it does so inside ucp_worker_progress, and stops when its worker is destroyed. What UCX
 // has beyond that for one host, copies into another process (CMA and its like), asks nobody, so
-// that no shutdown of the receiver ends it; it is not used, see ucx_lanes.cc.
+// that no shutdown of the receiver ends it; it is not used but for device memory that outlives it,
+// see ucx_lanes.cc.
 //
 // Over TCP the receiver's proxy thread writes payload and signal with plain stores in posting
 // order. On x86-64 that order is what other threads see (total store order). On a weakly ordered
@@ -25,7 +26,7 @@ namespace commlib {
 
 class UcxTransport final : public ProviderBase {
  public:
-  UcxTransport(PutListener* listener, int rank);
+  UcxTransport(PutListener* listener, int rank, const TransportOptions& options);
   ~UcxTransport() override;
   UcxTransport(const UcxTransport&) = delete;
   UcxTransport& operator=(const UcxTransport&) = delete;
@@ -34,9 +35,8 @@ class UcxTransport final : public ProviderBase {
   std::string describe() const override;
   void register_region(void* base, size_t bytes) override;
   // UCX finds out by itself whose memory an address is.
-  void register_device_region(const DeviceRegion& region) override {
-    register_region(region.base, region.bytes);
-  }
+  void register_device_region(const DeviceRegion& region) override;
+  DeviceReach device_reach(int peer) const override;
   std::vector<uint8_t> address() const override;
   void connect(int peer, const std::vector<uint8_t>& address) override;
   void put(int peer, size_t local_offset, size_t remote_offset, size_t bytes,
@@ -55,8 +55,9 @@ class UcxTransport final : public ProviderBase {
     // ucp_worker_fence with UCX_FENCE_MODE=ep_based: an ordering mark per endpoint. Free on an
     // endpoint with one RMA lane (UCX's default); with more lanes UCX blocks in a flush of it.
     kEndpoint,
-    // Older UCX: ucp_worker_fence would block in a remote flush of all endpoints, so that one
-    // stopped peer stops everything. We flush the one endpoint and hold its commands back.
+    // We flush the one endpoint and hold its signals back. For older UCX, whose ucp_worker_fence
+    // blocks in a remote flush of all endpoints, so that one stopped peer stops everything; and
+    // with device memory, whose puts take another lane than signals.
     kFlush,
   };
 
@@ -74,15 +75,13 @@ class UcxTransport final : public ProviderBase {
     UcxTransport* owner = nullptr;
     int rank = -1;
     ucp_ep_h ep = nullptr;
-    ucp_rkey_h rkey = nullptr;
-    uint64_t remote_base = 0;
-    size_t remote_bytes = 0;
+    RegionMap<ucp_rkey_h> memory;
     size_t outstanding = 0;    // operations that use ep and rkey
     bool failed = false;       // no new operations
     bool is_flushing = false;  // a flush started by a fence or by shutdown is outstanding
     bool posted_since_fence = false;
     std::vector<size_t> signalled;  // words since the last fence, few
-    std::deque<Command> held;       // kFlush: commands behind a fence that is under way
+    std::deque<Command> held;       // kFlush: signals and fences behind a fence under way
   };
 
   // One operation given to UCX. The address is stable until it completes, because UCX reads the
@@ -97,15 +96,18 @@ class UcxTransport final : public ProviderBase {
   void create_context();
   void create_worker();
   FenceMode configure(ucp_config_t* config) const;
-  void unpack_address(Peer& peer, const std::vector<uint8_t>& address) const;
+  void unpack_address(Peer& peer, const std::vector<uint8_t>& address);
+  void map_memory(void* base, size_t bytes);
   [[noreturn]] void throw_setup(const char* call, ucs_status_t status, int peer,
                                 const std::string& what) const;
   [[noreturn]] void throw_registration(ucs_status_t status, size_t bytes) const;
   void release_handles() noexcept;
 
   // ucx_lanes.cc
-  static ucs_status_t exclude_single_copy(ucp_config_t* config);
+  ucs_status_t exclude_single_copy(ucp_config_t* config) const;
+  bool is_refused(const std::string& transport) const;
   void refuse_single_copy(const Peer& peer) const;
+  ucs_memory_type_t type_of(ucp_mem_h memory) const;
   std::string describe_peer(const Peer& peer) const;
 
   // ucx.cc
@@ -128,10 +130,9 @@ class UcxTransport final : public ProviderBase {
 
   ucp_context_h context_ = nullptr;
   ucp_worker_h worker_ = nullptr;
-  ucp_mem_h memory_ = nullptr;
+  bool has_device_region_;
+  RegionMap<ucp_mem_h> memory_;
   FenceMode fence_mode_ = FenceMode::kEndpoint;
-  std::byte* base_ = nullptr;
-  size_t bytes_ = 0;
 
   std::vector<std::unique_ptr<Peer>> peers_;  // by rank, null if not connected
   std::deque<Operation> operations_;          // all that ever existed; stable addresses

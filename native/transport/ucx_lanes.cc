@@ -16,10 +16,11 @@ namespace {
 // allocated, and carries messages besides, which the receiver takes in while it progresses.
 constexpr const char* kSingleCopy[] = {"cma", "knem", "xpmem", "cuda_ipc", "rocm_ipc", "ze_ipc"};
 
-bool is_single_copy(const std::string& transport) {
-  return std::find(std::begin(kSingleCopy), std::end(kSingleCopy), transport) !=
-         std::end(kSingleCopy);
-}
+// The exception, for a device region: its owner keeps it until the process ends, unless all ranks
+// have agreed to close, so that a peer that writes on overwrites nothing else. UCX keeps its
+// mappings that long, too, by design (uct_cuda_ipc_remote_cache). Host memory stays out of its
+// reach: it gives keys of GPU memory only, and register_region() refuses any but host memory.
+constexpr const char* kDeviceCopy = "cuda_ipc";
 
 struct LaneName {
   std::string transport;
@@ -44,21 +45,27 @@ std::vector<LaneName> lanes_of(ucp_ep_h ep) {
 
 }  // namespace
 
+bool UcxTransport::is_refused(const std::string& transport) const {
+  if (has_device_region_ && transport == kDeviceCopy) return false;
+  return std::find(std::begin(kSingleCopy), std::end(kSingleCopy), transport) !=
+         std::end(kSingleCopy);
+}
+
 // Keeps them out of this worker's address as well, so that no peer, whatever its settings, has such
 // a way to us. A list of the user's is not touched: refuse_single_copy() looks at what comes of it.
-ucs_status_t UcxTransport::exclude_single_copy(ucp_config_t* config) {
+ucs_status_t UcxTransport::exclude_single_copy(ucp_config_t* config) const {
   const char* given = std::getenv("UCX_TLS");
   std::string excluded = given != nullptr ? given : "all";
   if (excluded == "all") excluded = "^";
   if (excluded[0] != '^') return UCS_OK;
   for (const char* transport : kSingleCopy)
-    excluded.append(excluded.size() > 1 ? "," : "").append(transport);
+    if (is_refused(transport)) excluded.append(excluded.size() > 1 ? "," : "").append(transport);
   return ucp_config_modify(config, "TLS", excluded.c_str());
 }
 
 void UcxTransport::refuse_single_copy(const Peer& peer) const {
   for (const LaneName& lane : lanes_of(peer.ep)) {
-    if (!is_single_copy(lane.transport)) continue;
+    if (!is_refused(lane.transport)) continue;
     const char* tls = std::getenv("UCX_TLS");
     throw_setup("connect", UCS_ERR_UNSUPPORTED, peer.rank,
                 "UCX_TLS=" + std::string(tls != nullptr ? tls : "") +
@@ -67,6 +74,23 @@ void UcxTransport::refuse_single_copy(const Peer& peer) const {
                     ", which goes on when that rank has freed its memory: unset UCX_TLS, or name "
                     "transports without it, such as tcp,self");
   }
+}
+
+ucs_memory_type_t UcxTransport::type_of(ucp_mem_h memory) const {
+  ucp_mem_attr_t attributes{};
+  attributes.field_mask = UCP_MEM_ATTR_FIELD_MEM_TYPE;
+  const ucs_status_t status = ucp_mem_query(memory, &attributes);
+  return status == UCS_OK ? attributes.mem_type : UCS_MEMORY_TYPE_UNKNOWN;
+}
+
+DeviceReach UcxTransport::device_reach(int peer) const {
+  const Peer& entry = *peers_[static_cast<size_t>(peer)];
+  if (!memory_.has_device() || !entry.memory.has_device()) return DeviceReach::kUnseen;
+  // Without its CUDA modules (not built, or not in UCX_TLS) UCX would copy with the processor.
+  if (type_of(memory_.parts()[1].key) != UCS_MEMORY_TYPE_CUDA) return DeviceReach::kUnseen;
+  for (const LaneName& lane : lanes_of(entry.ep))
+    if (lane.transport == kDeviceCopy) return DeviceReach::kDirect;
+  return DeviceReach::kStaged;
 }
 
 std::string UcxTransport::describe_peer(const Peer& peer) const {

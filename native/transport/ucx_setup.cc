@@ -29,16 +29,25 @@ constexpr uint32_t kModern = make_version(1, 20);
 // a stopped or slow peer under traffic looks like. Silence is the heartbeat's business, and its
 // time-out must not be undercut here.
 
-// Followed by the worker address and the packed remote key.
+struct PackedRegion {
+  uint64_t base;
+  uint64_t bytes;
+  uint64_t rkey_bytes;
+};
+// Followed by the worker address and the packed remote keys of the regions.
 struct AddressHeader {
   uint32_t magic;
   uint32_t version;  // major << 16 | minor of the loaded UCX
-  uint64_t base;
-  uint64_t bytes;
   uint32_t worker_bytes;
-  uint32_t rkey_bytes;
+  uint32_t num_regions;  // host, then device
+  PackedRegion regions[2];
 };
-constexpr uint32_t kAddressMagic = 0x75637031;
+constexpr uint32_t kAddressMagic = 0x75637032;
+
+size_t blob_bytes(const AddressHeader& header) {
+  return sizeof(header) + header.worker_bytes + header.regions[0].rkey_bytes +
+         header.regions[1].rkey_bytes;
+}
 
 bool is_set_by_user(const char* name) {
   return std::getenv((std::string("UCX_") + name).c_str()) != nullptr;
@@ -62,7 +71,8 @@ std::string library_path() {
 
 }  // namespace
 
-UcxTransport::UcxTransport(PutListener* listener, int rank) : ProviderBase(listener, rank) {
+UcxTransport::UcxTransport(PutListener* listener, int rank, const TransportOptions& options)
+    : ProviderBase(listener, rank), has_device_region_(options.has_device_region) {
   try {
     create_context();
     create_worker();
@@ -122,21 +132,36 @@ void UcxTransport::create_worker() {
 }
 
 void UcxTransport::register_region(void* base, size_t bytes) {
-  if (memory_ != nullptr || base == nullptr || bytes == 0) {
+  if (!memory_.is_empty() || base == nullptr || bytes == 0) {
     throw_setup("register_region", UCS_ERR_INVALID_PARAM, -1,
                 "one non-empty region is registered, once");
   }
+  map_memory(base, bytes);
+  // A way by which peers write on by themselves may be open, for the device region alone.
+  if (has_device_region_ && type_of(memory_.parts()[0].key) != UCS_MEMORY_TYPE_HOST)
+    throw_setup("register_region", UCS_ERR_INVALID_PARAM, -1, "the region is not host memory");
+}
+
+void UcxTransport::register_device_region(const DeviceRegion& region) {
+  if (memory_.is_empty() || memory_.has_device() || !has_device_region_ || region.base == nullptr ||
+      region.bytes == 0) {
+    throw_setup("register_device_region", UCS_ERR_INVALID_PARAM, -1,
+                "one non-empty region is registered, once, after that of host memory, and "
+                "announced in the options");
+  }
+  map_memory(region.base, region.bytes);
+  fence_mode_ = FenceMode::kFlush;
+}
+
+void UcxTransport::map_memory(void* base, size_t bytes) {
   ucp_mem_map_params_t params{};
   params.field_mask = UCP_MEM_MAP_PARAM_FIELD_ADDRESS | UCP_MEM_MAP_PARAM_FIELD_LENGTH;
   params.address = base;
   params.length = bytes;
-  const ucs_status_t status = ucp_mem_map(context_, &params, &memory_);
-  if (status != UCS_OK) {
-    memory_ = nullptr;
-    throw_registration(status, bytes);
-  }
-  base_ = static_cast<std::byte*>(base);
-  bytes_ = bytes;
+  ucp_mem_h memory = nullptr;
+  const ucs_status_t status = ucp_mem_map(context_, &params, &memory);
+  if (status != UCS_OK) throw_registration(status, bytes);
+  memory_.add(reinterpret_cast<uint64_t>(base), bytes, memory);
 }
 
 // UCX passes on what the driver said, often only "Input/output error"; so the limit is looked up.
@@ -162,42 +187,44 @@ void UcxTransport::throw_registration(ucs_status_t status, size_t bytes) const {
 }
 
 std::vector<uint8_t> UcxTransport::address() const {
-  if (memory_ == nullptr) {
+  if (memory_.is_empty()) {
     throw_setup("address", UCS_ERR_INVALID_PARAM, -1, "no region is registered");
   }
   ucp_address_t* worker_address = nullptr;
   size_t worker_bytes = 0;
   ucs_status_t status = ucp_worker_get_address(worker_, &worker_address, &worker_bytes);
   if (status != UCS_OK) throw_setup("ucp_worker_get_address", status, -1, "own address");
-  void* rkey = nullptr;
-  size_t rkey_bytes = 0;
-  status = ucp_rkey_pack(context_, memory_, &rkey, &rkey_bytes);
-  if (status != UCS_OK) {
-    ucp_worker_release_address(worker_, worker_address);
-    throw_setup("ucp_rkey_pack", status, -1, "own remote key");
-  }
-  const AddressHeader header{kAddressMagic,
-                             loaded_version(),
-                             reinterpret_cast<uint64_t>(base_),
-                             bytes_,
-                             static_cast<uint32_t>(worker_bytes),
-                             static_cast<uint32_t>(rkey_bytes)};
-  std::vector<uint8_t> blob(sizeof(header) + worker_bytes + rkey_bytes);
-  std::memcpy(blob.data(), &header, sizeof(header));
-  std::memcpy(blob.data() + sizeof(header), worker_address, worker_bytes);
-  std::memcpy(blob.data() + sizeof(header) + worker_bytes, rkey, rkey_bytes);
-  ucp_rkey_buffer_release(rkey);
+  AddressHeader header{};
+  header.magic = kAddressMagic;
+  header.version = loaded_version();
+  header.worker_bytes = static_cast<uint32_t>(worker_bytes);
+  std::vector<uint8_t> blob(sizeof(header));
+  const auto append = [&blob](const void* bytes, size_t count) {
+    const auto* first = static_cast<const uint8_t*>(bytes);
+    blob.insert(blob.end(), first, first + count);
+  };
+  append(worker_address, worker_bytes);
   ucp_worker_release_address(worker_, worker_address);
+  for (const auto& part : memory_.parts()) {
+    void* rkey = nullptr;
+    size_t rkey_bytes = 0;
+    status = ucp_rkey_pack(context_, part.key, &rkey, &rkey_bytes);
+    if (status != UCS_OK) throw_setup("ucp_rkey_pack", status, -1, "own remote key");
+    append(rkey, rkey_bytes);
+    ucp_rkey_buffer_release(rkey);
+    header.regions[header.num_regions++] = {part.base, part.bytes, rkey_bytes};
+  }
+  std::memcpy(blob.data(), &header, sizeof(header));
   return blob;
 }
 
-// Creates the endpoint and the remote key of peer.rank.
-void UcxTransport::unpack_address(Peer& peer, const std::vector<uint8_t>& address) const {
+// Creates the endpoint and the remote keys of peer.rank.
+void UcxTransport::unpack_address(Peer& peer, const std::vector<uint8_t>& address) {
   const std::string who = "connecting to rank " + std::to_string(peer.rank);
   AddressHeader header{};
   if (address.size() >= sizeof(header)) std::memcpy(&header, address.data(), sizeof(header));
-  if (header.magic != kAddressMagic ||
-      address.size() != sizeof(header) + header.worker_bytes + header.rkey_bytes) {
+  if (header.magic != kAddressMagic || header.num_regions < 1 || header.num_regions > 2 ||
+      address.size() != blob_bytes(header)) {
     throw_setup("connect", UCS_ERR_INVALID_ADDR, peer.rank, who + ", malformed address");
   }
   if (header.version != loaded_version()) {  // worker addresses differ between versions
@@ -205,8 +232,6 @@ void UcxTransport::unpack_address(Peer& peer, const std::vector<uint8_t>& addres
                 who + ", it runs UCX " + format_version(header.version) + ", this rank " +
                     format_version(loaded_version()) + " (" + library_path() + ")");
   }
-  peer.remote_base = header.base;
-  peer.remote_bytes = header.bytes;
   const uint8_t* worker_address = address.data() + sizeof(header);
   ucp_ep_params_t params{};
   params.field_mask = UCP_EP_PARAM_FIELD_REMOTE_ADDRESS | UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE |
@@ -226,11 +251,16 @@ void UcxTransport::unpack_address(Peer& peer, const std::vector<uint8_t>& addres
     throw_setup("ucp_ep_create", status, peer.rank, who);
   }
   refuse_single_copy(peer);
-  status = ucp_ep_rkey_unpack(peer.ep, worker_address + header.worker_bytes, &peer.rkey);
-  if (status != UCS_OK) {
-    peer.rkey = nullptr;
-    throw_setup("ucp_ep_rkey_unpack", status, peer.rank, who);
+  const uint8_t* packed = worker_address + header.worker_bytes;
+  for (uint32_t i = 0; i < header.num_regions; ++i) {
+    const PackedRegion& region = header.regions[i];
+    ucp_rkey_h rkey = nullptr;
+    status = ucp_ep_rkey_unpack(peer.ep, packed, &rkey);
+    if (status != UCS_OK) throw_setup("ucp_ep_rkey_unpack", status, peer.rank, who);
+    peer.memory.add(region.base, region.bytes, rkey);
+    packed += region.rkey_bytes;
   }
+  if (peer.memory.has_device()) fence_mode_ = FenceMode::kFlush;
 }
 
 void UcxTransport::connect(int peer, const std::vector<uint8_t>& address) {
@@ -258,6 +288,10 @@ std::string UcxTransport::describe() const {
   text << "ucx " << ucp_get_version_string() << " (" << library_path() << "), fence by "
        << (fence_mode_ == FenceMode::kEndpoint ? "endpoint" : "flush");
   if (is_set_by_user("FENCE_MODE")) text << ", UCX_FENCE_MODE set by the user";
+  if (memory_.has_device())
+    text << ", device memory "
+         << (type_of(memory_.parts()[1].key) == UCS_MEMORY_TYPE_CUDA ? "known as CUDA's"
+                                                                     : "taken for the host's");
   for (const auto& peer : peers_) {
     if (peer != nullptr) text << ", " << describe_peer(*peer);
   }
@@ -268,19 +302,21 @@ std::string UcxTransport::describe() const {
 // purged there, which reads the handle of the memory once more: the worker goes before the memory.
 void UcxTransport::release_handles() noexcept {
   for (const auto& peer : peers_) {
-    if (peer != nullptr && peer->rkey != nullptr) ucp_rkey_destroy(peer->rkey);
-    if (peer != nullptr) peer->rkey = nullptr;
+    if (peer == nullptr) continue;
+    for (const auto& part : peer->memory.parts()) ucp_rkey_destroy(part.key);
+    peer->memory.clear();
   }
   if (worker_ != nullptr) ucp_worker_destroy(worker_);
-  if (memory_ != nullptr) ucp_mem_unmap(context_, memory_);
+  for (const auto& part : memory_.parts()) ucp_mem_unmap(context_, part.key);
   if (context_ != nullptr) ucp_cleanup(context_);
-  memory_ = nullptr;
+  memory_.clear();
   worker_ = nullptr;
   context_ = nullptr;
 }
 
-std::unique_ptr<Transport> make_ucx(PutListener* listener, int rank) {
-  return std::make_unique<UcxTransport>(listener, rank);
+std::unique_ptr<Transport> make_ucx(PutListener* listener, int rank,
+                                    const TransportOptions& options) {
+  return std::make_unique<UcxTransport>(listener, rank, options);
 }
 
 }  // namespace commlib

@@ -37,27 +37,25 @@ void VerbsTransport::put(int peer, size_t local_offset, size_t remote_offset, si
                          uint64_t token) {
   Peer* entry = find_peer(peer, "put");
   if (entry == nullptr) return complete_later(token);
-  const bool is_local_inside = is_inside(local_offset, bytes, bytes_);
-  if (is_local_inside && is_inside(remote_offset, bytes, entry->target.bytes)) {
+  const RegionMap<uint32_t>&here = lanes_[entry->lane].memory, &there = entry->target.memory;
+  const bool is_local_inside = here.find(local_offset, bytes).has_value();
+  if (is_local_inside && there.find(remote_offset, bytes)) {
     if (bytes == 0) return complete_later(token);
     return submit(*entry, {false, local_offset, remote_offset, bytes, token});
   }
   complete_later(token);
   fail_peer(*entry, EINVAL, "put",
-            is_local_inside ? "remote " + describe_range(remote_offset, bytes, entry->target.bytes)
-                            : "local " + describe_range(local_offset, bytes, bytes_));
+            is_local_inside ? "remote " + there.refusal(remote_offset, bytes)
+                            : "local " + here.refusal(local_offset, bytes));
 }
 
 void VerbsTransport::put_signal(int peer, size_t remote_offset, uint64_t value) {
   Peer* entry = find_peer(peer, "put_signal");
   if (entry == nullptr) return;
-  constexpr size_t bytes = sizeof(value);
-  if (remote_offset % bytes != 0 || !is_inside(remote_offset, bytes, entry->target.bytes)) {
-    return fail_peer(
-        *entry, EINVAL, "put_signal",
-        "word misaligned, or " + describe_range(remote_offset, bytes, entry->target.bytes));
-  }
-  submit(*entry, {true, 0, remote_offset, bytes, value});
+  if (!entry->target.memory.find_word(remote_offset))
+    return fail_peer(*entry, EINVAL, "put_signal",
+                     entry->target.memory.word_refusal(remote_offset));
+  submit(*entry, {true, 0, remote_offset, sizeof value, value});
 }
 
 // Commands wait for progress(), so that one doorbell serves a batch of them.
@@ -124,13 +122,13 @@ void VerbsTransport::on_received(const ibv_wc& done) {
   std::string what = "receive";
   if (done.status == IBV_WC_SUCCESS) {
     const VerbsReceiver::Signal signal = receiver.take_signal(done.imm_data, &failure);
-    if (signal.offset % kWordBytes == 0 && is_inside(signal.offset, kWordBytes, bytes_)) {
+    const RegionMap<uint32_t>& memory = lanes_[0].memory;  // places are the same in all
+    if (const auto word = memory.find_word(signal.offset)) {
       // Release: partner is the acquire load of whoever polls this word.
-      __atomic_store_n(reinterpret_cast<uint64_t*>(base_ + signal.offset), signal.value,
-                       __ATOMIC_RELEASE);
+      __atomic_store_n(reinterpret_cast<uint64_t*>(word->address), signal.value, __ATOMIC_RELEASE);
     } else {
       failure = EINVAL;
-      what = "signal: " + describe_range(signal.offset, kWordBytes, bytes_);
+      what = "signal: " + memory.word_refusal(signal.offset);
     }
   } else {
     failure = done.status;
@@ -213,8 +211,9 @@ void VerbsTransport::ask_again() {
 
 // A peer wants to send to us.
 void VerbsTransport::on_connect(const ControlMessage& message) {
-  if (message.lane >= lanes_.size() || bytes_ == 0) return;
+  if (message.lane >= lanes_.size()) return;
   Lane& lane = lanes_[message.lane];
+  if (lane.memory.is_empty()) return;
   const auto known = std::find_if(receivers_.begin(), receivers_.end(),
                                   [&](const auto& receiver) { return receiver->is_for(message); });
   if (known != receivers_.end()) return (*known)->accept(*lane.control, rank());

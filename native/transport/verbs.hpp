@@ -6,10 +6,12 @@
 // Order. A connection carries out its writes one after the other, also across lost and repeated
 // packets, so `fence` has nothing to do. Within the host the card's writes are PCIe posted writes.
 // One without the relaxed-ordering attribute never passes an earlier one, whatever that one's
-// attribute. So the region is registered twice: puts use a key with relaxed ordering (many hosts
-// reach their rate only so), signals one without, and a signal pushes all data before it into
-// memory. Where a card may place the packets of a connection out of order (adaptive routing with
-// out-of-order placement), a polled word proves nothing; there signals go as immediates
+// attribute. So the host region is registered twice: puts use a key with relaxed ordering (many
+// hosts reach their rate only so), signals one without, and a signal pushes all data before it into
+// memory. Data in device memory take another way than the signal from some switch on; what keeps
+// them in order there is said in docs/design.md, section 8. Where a card may place the packets of a
+// connection out of order (adaptive routing with out-of-order placement), a polled word proves
+// nothing; there signals go as immediates
 // (`signal_by_immediate`): the card reports those only after everything before them is in memory,
 // and the receiver's processor stores the word.
 //
@@ -33,13 +35,16 @@ struct VerbsAddressHead {
   uint32_t num_lanes = 0;
   uint64_t base = 0;
   uint64_t bytes = 0;
+  uint64_t device_base = 0;
+  uint64_t device_bytes = 0;  // 0: all is host memory
 
-  static constexpr uint32_t kMagic = 0x76726231;
+  static constexpr uint32_t kMagic = 0x76726233;
 };
 struct VerbsAddressLane {
   ControlAddress control;
   uint32_t data_key = 0;
   uint32_t signal_key = 0;
+  uint32_t device_key = 0;
 };
 
 class VerbsTransport final : public ProviderBase {
@@ -51,6 +56,7 @@ class VerbsTransport final : public ProviderBase {
   std::string describe() const override;
   void register_region(void* base, size_t bytes) override;
   void register_device_region(const DeviceRegion& region) override;
+  DeviceReach device_reach(int peer) const override;
   std::vector<uint8_t> address() const override;
   void connect(int peer, const std::vector<uint8_t>& address) override;
   void put(int peer, size_t local_offset, size_t remote_offset, size_t bytes,
@@ -67,8 +73,10 @@ class VerbsTransport final : public ProviderBase {
   struct Lane {
     std::unique_ptr<VerbsDevice> device;
     std::unique_ptr<ControlPort> control;
-    ibv_mr* data = nullptr;    // relaxed ordering
-    ibv_mr* signal = nullptr;  // strict
+    ibv_mr* data = nullptr;         // of the host region, relaxed ordering
+    ibv_mr* signal = nullptr;       // of the host region, strict
+    ibv_mr* device_data = nullptr;  // of the device region, relaxed ordering
+    RegionMap<uint32_t> memory;     // what puts read, with local keys
   };
 
   struct Peer {
@@ -87,14 +95,14 @@ class VerbsTransport final : public ProviderBase {
 
   // verbs_setup.cc
   void open_lanes(const VerbsApi& api);
-  void register_lanes(const DeviceRegion& region);
-  void register_lane(Lane& lane, const DeviceRegion& region);
-  [[noreturn]] void throw_registration(int code, size_t bytes) const;
+  [[noreturn]] void throw_device_registration(int code, size_t bytes) const;
   [[noreturn]] void throw_setup(const char* call, int code, int peer,
                                 const std::string& what) const;
   void start_peer(Peer& peer, const std::vector<uint8_t>& address);
   std::string describe_peer(const Peer& peer) const;
   void release_lanes() noexcept;
+
+  bool has_region() const { return !lanes_.empty() && !lanes_[0].memory.is_empty(); }
 
   // verbs.cc
   Peer* find_peer(int peer, const char* call);
@@ -119,11 +127,8 @@ class VerbsTransport final : public ProviderBase {
 
   TransportOptions options_;
   std::string library_;
-  std::vector<Lane> lanes_;
+  std::vector<Lane> lanes_;   // does not grow any more once there are peers
   std::string registration_;  // how, for describe()
-  std::byte* base_ = nullptr;
-  size_t bytes_ = 0;
-  bool is_host_memory_ = true;
 
   std::vector<std::unique_ptr<Peer>> peers_;               // by rank, null if not connected
   std::vector<Peer*> connected_;                           // by number, in the order of connect()

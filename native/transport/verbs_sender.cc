@@ -8,8 +8,8 @@
 
 namespace commlib {
 
-VerbsSender::VerbsSender(VerbsDevice& device, const TransportOptions& options, const ibv_mr* source,
-                         uint64_t first_id)
+VerbsSender::VerbsSender(VerbsDevice& device, const TransportOptions& options,
+                         const RegionMap<uint32_t>& source, uint64_t first_id)
     : device_(device), options_(options), source_(source), first_id_(first_id) {
   qp_ = device_.create_connection(options_.send_operations, 0);
   end_ = {device_.path(), qp_->qp_num, uint32_t(random_word()) & 0xffffff};
@@ -74,17 +74,18 @@ void VerbsSender::fill(int index, const VerbsCommand& command, size_t bytes) {
   request.num_sge = 1;
   request.opcode = IBV_WR_RDMA_WRITE;
   piece.length = uint32_t(bytes);
-  const uint64_t remote = target_.base + command.remote_offset + part_done_;
+  const auto to = *target_.memory.find(command.remote_offset + part_done_, bytes);
   if (!command.is_signal) {
-    piece.addr = reinterpret_cast<uint64_t>(source_->addr) + command.local_offset + part_done_;
-    piece.lkey = source_->lkey;
-    request.wr.rdma = {remote, target_.data_key};
+    const auto from = *source_.find(command.local_offset + part_done_, bytes);
+    piece.addr = from.address;
+    piece.lkey = from.key;
+    request.wr.rdma = {to.address, to.key};
     return;
   }
   values_[index] = command.value;
   piece.addr = reinterpret_cast<uint64_t>(&values_[index]);
   request.send_flags = IBV_SEND_INLINE;
-  request.wr.rdma = {remote, target_.signal_key};
+  request.wr.rdma = {to.address, target_.signal_key};
   if (target_.mailbox_address == 0) return;
   request.opcode = IBV_WR_RDMA_WRITE_WITH_IMM;
   request.imm_data = htonl(uint32_t(command.remote_offset / kWordBytes));

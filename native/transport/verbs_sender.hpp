@@ -5,6 +5,7 @@
 #include <deque>
 #include <vector>
 
+#include "transport/region_map.hpp"
 #include "transport/verbs_device.hpp"
 
 namespace commlib {
@@ -19,15 +20,13 @@ constexpr size_t kWordBytes = sizeof(uint64_t);
 
 // The receiving end's memory.
 struct VerbsTarget {
-  uint64_t base = 0;
-  size_t bytes = 0;
-  uint32_t data_key = 0;
+  RegionMap<uint32_t> memory;  // with the keys of puts
   uint32_t signal_key = 0;
   uint64_t mailbox_address = 0;  // 0: signals are written to their words
   uint32_t mailbox_key = 0;
 };
 
-struct VerbsCommand {
+struct VerbsCommand {  // its ranges lie in one region each
   bool is_signal = false;
   size_t local_offset = 0;
   size_t remote_offset = 0;
@@ -37,9 +36,9 @@ struct VerbsCommand {
 
 class VerbsSender {
  public:
-  // Work requests are numbered below `first_id`, a multiple of 2^32. `source` is the local region.
-  VerbsSender(VerbsDevice& device, const TransportOptions& options, const ibv_mr* source,
-              uint64_t first_id);
+  // Work requests are numbered below `first_id`, a multiple of 2^32. `source` is the local memory.
+  VerbsSender(VerbsDevice& device, const TransportOptions& options,
+              const RegionMap<uint32_t>& source, uint64_t first_id);
   ~VerbsSender() { close(); }
   VerbsSender(const VerbsSender&) = delete;
   VerbsSender& operator=(const VerbsSender&) = delete;
@@ -79,7 +78,7 @@ class VerbsSender {
 
   VerbsDevice& device_;
   const TransportOptions& options_;
-  const ibv_mr* source_;
+  const RegionMap<uint32_t>& source_;
   ibv_qp* qp_ = nullptr;
   VerbsEnd end_;
   VerbsTarget target_;

@@ -11,6 +11,7 @@ namespace commlib {
 namespace {
 
 constexpr const char* kSysfs = "/sys";
+constexpr int kStrict = IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_WRITE;
 
 NicRequest request_of(const TransportOptions& options, const std::string& sysfs) {
   NicRequest request;
@@ -76,78 +77,88 @@ void VerbsTransport::open_lanes(const VerbsApi& api) {
 }
 
 void VerbsTransport::register_region(void* base, size_t bytes) {
-  register_lanes({base, bytes, -1, 0});
-}
-
-void VerbsTransport::register_device_region(const DeviceRegion& region) {
-  is_host_memory_ = false;
-  if (options_.signal_by_immediate)
-    throw_setup("register_device_region", EINVAL, -1,
-                "signals by immediate are stored by the processor, which cannot reach device "
-                "memory: use signals by write");
-  register_lanes(region);
-}
-
-void VerbsTransport::register_lanes(const DeviceRegion& region) {
-  if (base_ != nullptr || region.base == nullptr || region.bytes == 0)
+  if (has_region() || base == nullptr || bytes == 0)
     throw_setup("register_region", EINVAL, -1, "one non-empty region is registered, once");
-  if (options_.signal_by_immediate && region.bytes / kWordBytes > UINT32_MAX)
-    throw_setup(
-        "register_region", EINVAL, -1,
-        std::to_string(region.bytes) + " bytes have more words than an immediate can name (2^32)");
-  for (Lane& lane : lanes_) register_lane(lane, region);
-  base_ = static_cast<std::byte*>(region.base);
-  bytes_ = region.bytes;
-}
-
-// dmabuf, else by address: for device memory that takes a driver which lends its pages (peermem).
-void VerbsTransport::register_lane(Lane& lane, const DeviceRegion& region) {
-  constexpr int kStrict = IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_WRITE;
-  const VerbsDevice& device = *lane.device;
-  std::string dmabuf_error;
-  const auto add = [&](int access) {
-    if (region.dmabuf_fd >= 0 && dmabuf_error.empty()) {
-      ibv_mr* made = device.register_dmabuf(region.dmabuf_fd, region.dmabuf_offset, region.base,
-                                            region.bytes, access);
-      if (made != nullptr) return made;
-      dmabuf_error = std::strerror(errno);
-    }
-    ibv_mr* made = device.register_memory(region.base, region.bytes, access);
-    if (made == nullptr) throw_registration(errno, region.bytes);
+  if (options_.signal_by_immediate && bytes / kWordBytes > UINT32_MAX)
+    throw_setup("register_region", EINVAL, -1,
+                std::to_string(bytes) + " bytes have more words than an immediate can name (2^32)");
+  const auto add = [&](const Lane& lane, int access) {
+    ibv_mr* made = lane.device->register_memory(base, bytes, access);
+    // Each port registers the region for data and for signals, and each counts.
+    if (made == nullptr)
+      throw_unregistered("rank " + std::to_string(rank()) + ": cannot register " +
+                             std::to_string(bytes) + " bytes, twice for each of " +
+                             std::to_string(lanes_.size()) + " ports",
+                         errno, 2 * lanes_.size() * bytes);
     return made;
   };
-  lane.data = add(kStrict | IBV_ACCESS_RELAXED_ORDERING);
-  lane.signal = add(kStrict);
-  registration_ = is_host_memory_ ? "host memory" : "device memory";
-  if (region.dmabuf_fd >= 0)
-    registration_ += dmabuf_error.empty() ? " by dmabuf" : " by address, dmabuf: " + dmabuf_error;
+  for (Lane& lane : lanes_) {
+    lane.data = add(lane, kStrict | IBV_ACCESS_RELAXED_ORDERING);
+    lane.signal = add(lane, kStrict);
+    lane.memory.add(reinterpret_cast<uint64_t>(base), bytes, lane.data->lkey);
+  }
+  registration_ = "host memory";
 }
 
-void VerbsTransport::throw_registration(int code, size_t bytes) const {
-  const std::string what = "rank " + std::to_string(rank()) + ": cannot register " +
-                           std::to_string(bytes) + " bytes, twice for each of " +
-                           std::to_string(lanes_.size()) + " ports";
-  // Each port registers the region for data and for signals, and each counts.
-  const size_t needed = 2 * lanes_.size() * bytes;
-  if (is_host_memory_) throw_unregistered(what, code, needed);
-  throw RegistrationException(
-      needed, 0,
-      what + ": ibv_reg_mr: " + std::strerror(code) +
-          "; device memory needs a dmabuf, or a driver that lends its pages (nvidia-peermem); "
-          "else move data through host memory");
+// dmabuf, else by address, which takes a driver that lends its pages (peermem). For data only:
+// signals go to host memory.
+void VerbsTransport::register_device_region(const DeviceRegion& region) {
+  if (!has_region() || lanes_[0].memory.has_device() || region.base == nullptr || region.bytes == 0)
+    throw_setup("register_device_region", EINVAL, -1,
+                "one non-empty region is registered, once, after that of host memory");
+  constexpr int kRelaxed = kStrict | IBV_ACCESS_RELAXED_ORDERING;
+  std::string dmabuf_error;
+  for (Lane& lane : lanes_) {
+    if (region.dmabuf_fd >= 0 && dmabuf_error.empty()) {
+      lane.device_data = lane.device->register_dmabuf(region.dmabuf_fd, region.dmabuf_offset,
+                                                      region.base, region.bytes, kRelaxed);
+      if (lane.device_data == nullptr) dmabuf_error = std::strerror(errno);
+    }
+    if (lane.device_data == nullptr)
+      lane.device_data = lane.device->register_memory(region.base, region.bytes, kRelaxed);
+    if (lane.device_data == nullptr) throw_device_registration(errno, region.bytes);
+    lane.memory.add(reinterpret_cast<uint64_t>(region.base), region.bytes, lane.device_data->lkey);
+  }
+  registration_ += ", device memory";
+  registration_ += region.dmabuf_fd < 0   ? " by address"
+                   : dmabuf_error.empty() ? " by dmabuf"
+                                          : " by address, dmabuf: " + dmabuf_error;
+}
+
+void VerbsTransport::throw_device_registration(int code, size_t bytes) const {
+  throw RegistrationException(lanes_.size() * bytes, 0,
+                              "rank " + std::to_string(rank()) + ": cannot register " +
+                                  std::to_string(bytes) +
+                                  " bytes of device memory: ibv_reg_mr: " + std::strerror(code) +
+                                  "; that needs a dmabuf, or a driver that lends its pages "
+                                  "(nvidia-peermem); else move data "
+                                  "through host memory");
+}
+
+DeviceReach VerbsTransport::device_reach(int peer) const {
+  const Peer& entry = *peers_[size_t(peer)];
+  const bool has_both = lanes_[entry.lane].memory.has_device() && entry.target.memory.has_device();
+  return has_both ? DeviceReach::kDirect : DeviceReach::kUnseen;
 }
 
 std::vector<uint8_t> VerbsTransport::address() const {
-  if (base_ == nullptr) throw_setup("address", EINVAL, -1, "no region is registered");
+  if (!has_region()) throw_setup("address", EINVAL, -1, "no region is registered");
+  const auto& parts = lanes_[0].memory.parts();
   VerbsAddressHead head;
   head.num_lanes = uint32_t(lanes_.size());
-  head.base = reinterpret_cast<uint64_t>(base_);
-  head.bytes = bytes_;
+  head.base = parts[0].base;
+  head.bytes = parts[0].bytes;
+  if (parts.size() > 1) {
+    head.device_base = parts[1].base;
+    head.device_bytes = parts[1].bytes;
+  }
   std::vector<uint8_t> blob(sizeof head + lanes_.size() * sizeof(VerbsAddressLane));
   std::memcpy(blob.data(), &head, sizeof head);
   for (size_t i = 0; i < lanes_.size(); ++i) {
+    const ibv_mr* device_data = lanes_[i].device_data;
     const VerbsAddressLane lane{lanes_[i].control->address(), lanes_[i].data->rkey,
-                                lanes_[i].signal->rkey};
+                                lanes_[i].signal->rkey,
+                                device_data != nullptr ? device_data->rkey : 0};
     std::memcpy(blob.data() + sizeof head + i * sizeof lane, &lane, sizeof lane);
   }
   return blob;
@@ -156,7 +167,7 @@ std::vector<uint8_t> VerbsTransport::address() const {
 void VerbsTransport::connect(int peer, const std::vector<uint8_t>& address) {
   const size_t index = static_cast<size_t>(peer);
   if (peer < 0 || (index < peers_.size() && peers_[index] != nullptr) || is_shut_down_ ||
-      base_ == nullptr)
+      !has_region())
     throw_setup("connect", EINVAL, peer,
                 "rank " + std::to_string(peer) +
                     " cannot be connected (again, or before a region "
@@ -172,7 +183,8 @@ void VerbsTransport::connect(int peer, const std::vector<uint8_t>& address) {
 }
 
 void VerbsTransport::start_peer(Peer& peer, const std::vector<uint8_t>& address) {
-  VerbsAddressHead head{0, 0, 0, 0};
+  VerbsAddressHead head;
+  head.magic = 0;
   if (address.size() >= sizeof head) std::memcpy(&head, address.data(), sizeof head);
   if (head.magic != VerbsAddressHead::kMagic || head.num_lanes == 0 ||
       address.size() != sizeof head + head.num_lanes * sizeof(VerbsAddressLane))
@@ -192,8 +204,11 @@ void VerbsTransport::start_peer(Peer& peer, const std::vector<uint8_t>& address)
                     " are not of one kind (Ethernet, InfiniBand)");
   peer.control = there.control;
   peer.cookie = random_word();
-  peer.target = {head.base, head.bytes, there.data_key, there.signal_key, 0, 0};
-  peer.sender = std::make_unique<VerbsSender>(*lane.device, options_, lane.data,
+  peer.target.memory.add(head.base, head.bytes, there.data_key);
+  if (head.device_bytes > 0)
+    peer.target.memory.add(head.device_base, head.device_bytes, there.device_key);
+  peer.target.signal_key = there.signal_key;
+  peer.sender = std::make_unique<VerbsSender>(*lane.device, options_, lane.memory,
                                               uint64_t(connected_.size()) << 32);
   peer.route = lane.device->create_route(there.control.path);
 }
@@ -223,6 +238,7 @@ void VerbsTransport::release_lanes() noexcept {
   for (Lane& lane : lanes_) {
     if (lane.data != nullptr) lane.device->deregister(lane.data);
     if (lane.signal != nullptr) lane.device->deregister(lane.signal);
+    if (lane.device_data != nullptr) lane.device->deregister(lane.device_data);
   }
   lanes_.clear();
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any
 
@@ -40,6 +41,36 @@ def plain_rank(names: list[str], hidden: int, num_tokens: int, options: dict[str
             assert runtime.topology.num_nodes > 1
             check_plain(runtime, work, hidden, (torch.bfloat16, torch.float32), seed)
     print(f"rank {boot.rank}: plain {names or WORKLOADS} hidden {hidden} OK", flush=True)
+
+
+def rings_rank(expected: str) -> None:
+    """Where rings lie, and that rows go through them; with device rings no processor has a way into host memory."""
+    boot, device = join()
+    work = workload_of("masked", boot.size)
+    with open_runtime(boot, device, work, 256, **SMALL) as runtime:
+        text = runtime.describe()
+        print(f"rank {boot.rank}: {text}", flush=True)
+        assert f"rings in {expected}" in text, text
+        assert not any(f"{way}/" in text for way in ("cma", "xpmem", "knem")), text
+        assert ("cuda_ipc/" in text) == (expected == "GPU memory" and "cuda_copy" not in os.environ["UCX_TLS"]), text
+        check_plain(runtime, work, 256, (torch.bfloat16,), 0)
+
+
+def rings_again_rank() -> None:
+    boot, device = join()
+    work = workload_of("uniform", boot.size)
+    for seed in range(3):
+        with open_runtime(boot, device, work, 256, **SMALL) as runtime:
+            check_plain(runtime, work, 256, (torch.bfloat16,), seed)
+    case = case_of(work, "grouped", 8, 256, torch.bfloat16)
+    left = Runtime(boot, RuntimeConfig(hidden=256, num_experts=12, num_topk=3, num_sms=4), device=device)
+    case.check(boot.rank, case.dispatch(left))
+    torch.cuda.synchronize()
+    boot.barrier(60)
+    left._executor.abandon()
+    boot.barrier(60)
+    with open_runtime(boot, device, work, 256, **SMALL) as runtime:
+        check_plain(runtime, work, 256, (torch.bfloat16,), 4)
 
 
 def uneven_rank(node_of_rank: list[int]) -> None:
@@ -189,8 +220,6 @@ def lost_rank() -> None:
     case.check(boot.rank, case.dispatch(runtime))
     torch.cuda.synchronize()
     if boot.rank == boot.size - 1:
-        import os
-
         os._exit(0)
     start = time.monotonic()
     with pytest.raises(PeerLostError) as caught:

@@ -32,7 +32,7 @@ def test_is_frozen_and_keyword_only() -> None:
 INTEGERS = [
     field.name
     for field in dataclasses.fields(RuntimeConfig)
-    if field.name not in ("timeout_s", "heartbeat_timeout_s", "transport", "use_tuned_plan")
+    if field.name not in ("timeout_s", "heartbeat_timeout_s", "transport", "ring_memory", "use_tuned_plan")
 ]
 
 
@@ -64,6 +64,8 @@ def test_times_must_be_positive(name: str, value: Any) -> None:
         ({"num_sms": 16, "num_local_sms": 8}, "num_local_sms=8 is below num_sms=16"),
         ({"decode_tokens": 1025}, "decode_tokens=1025 is above 1024"),
         ({"decode_tokens": -1}, "decode_tokens=-1 is not an integer >= 1"),
+        ({"ring_memory": "gpu"}, r"ring_memory='gpu' is not one of host\|device\|auto"),
+        ({"ring_memory": None}, r"ring_memory=None is not one of host\|device\|auto"),
         ({"transport": ""}, "transport='' is not a non-empty name"),
         ({"transport": 3}, "transport=3 is not a non-empty name"),
     ],
@@ -84,6 +86,7 @@ def test_with_env_overrides_only_what_is_set() -> None:
     env = Env(timeout_s=2.5, heartbeat_timeout_s=1.0, num_threads=3, transport="loopback", rank=1, world_size=2)
     changed = config().with_env(env)
     assert changed == config(timeout_s=2.5, heartbeat_timeout_s=1.0, num_threads=3, transport="loopback")
+    assert config().with_env(Env(ring_memory="device")) == config(ring_memory="device")
     assert config(num_threads=7).with_env(Env()) == config(num_threads=7)
     plan = {"chunk_tokens": 5, "chunk_bytes": 4096, "ring_bytes": 2**20, "out_blocks": 2, "in_blocks": 3}
     assert config().with_env(Env(**plan)) == config(**plan)
@@ -104,6 +107,7 @@ CHANGED: dict[str, Any] = {
     "max_in_flight": 2,
     "heartbeat_timeout_s": 5.0,
     "transport": "loopback",
+    "ring_memory": "auto",
     "decode_tokens": 128,
     "num_sms": 8,
     "num_proxy_threads": 2,

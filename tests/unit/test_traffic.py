@@ -63,6 +63,7 @@ def test_forecasts_keep_to_the_lower_bounds(num_nodes: int, rates: LinkRates) ->
     rings = 4 * (num_nodes - 1) * config.ring_bytes
     rows = 2 * (8 * num_nodes + 1) * _native.exchange_row_bytes(8 * num_nodes, num_nodes, config.num_experts)
     assert rings + rows < plan.registered_bytes < rings + rows + 1024 * 8 * num_nodes
+    assert rings <= plan.ring_bytes < rings + 4096 + 64 * 8 * num_nodes
     assert forecast(replace(config, max_tokens=64), plan.topology, rates).registered_bytes == plan.registered_bytes
 
 
@@ -107,4 +108,5 @@ def test_plan_command(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out.splitlines()
     assert len(out) == 3 and out[0].startswith("calculated, not measured") and "85% of them left to compute" in out[0]
     assert out[1].startswith("8 nodes, 64 ranks, 256 experts") and out[2].startswith("256 nodes, 2048 ranks, 2048")
+    assert "28.2 MiB registered, 28 MiB of them rings;" in out[1]
     assert main(["plan", "--nodes", "0"]) == 1

@@ -4,6 +4,7 @@
 #include <doctest/doctest.h>
 
 #include "tests/peer_process.hpp"
+#include "tests/stream_pair.hpp"
 #include "transport/providers.hpp"
 
 namespace commlib::testing {
@@ -13,7 +14,6 @@ inline std::string own_nics, peer_nics;  // comma-separated, from the command li
 constexpr StreamShape kSmall{7168, 400, 16};
 constexpr StreamShape kLarge{256 << 10, 40, 8};
 constexpr StreamShape kEndless{64 << 10, 1ull << 40, 16};
-constexpr double kPatience = 60.0;  // only a hang takes that long; emulated devices are slow
 
 inline std::vector<std::string> split(const std::string& list) {
   std::vector<std::string> parts(1);

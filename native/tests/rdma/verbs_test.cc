@@ -12,54 +12,15 @@
 #include <cstring>
 #include <numeric>
 
+#include "tests/device_region.hpp"
 #include "tests/rdma/verbs_rig.hpp"
 
 namespace commlib::testing {
 namespace {
 
-struct Outcome {
-  bool is_complete = false;
-  uint64_t bad_words = 0;
-};
-
-// Runs one end until both are done.
-Outcome run_end(Node& node, int peer, std::atomic<int>& done) {
-  Stream stream(node, peer, true, true);
-  const auto start = Clock::now();
-  Outcome outcome;
-  bool is_counted = false;
-  while (done.load() < 2 && seconds_since(start) < kPatience) {
-    outcome.is_complete = stream.step();
-    if (outcome.is_complete && !is_counted) {
-      is_counted = true;
-      ++done;
-    }
-  }
-  outcome.bad_words = stream.bad_words();
-  return outcome;
-}
-
 void check_pair(const StreamShape& shape, const NodeMaker& make) {
   Node a(0, shape, make), b(1, shape, make);
-  connect(a, b);
-  std::atomic<int> done{0};
-  Outcome outcomes[2];
-  std::thread other([&] { outcomes[1] = run_end(b, 0, done); });
-  outcomes[0] = run_end(a, 1, done);
-  other.join();
-  MESSAGE(a.transport->describe());
-  for (const Outcome& outcome : outcomes) {
-    CHECK(outcome.is_complete);
-    CHECK(outcome.bad_words == 0);
-  }
-  for (Node* node : {&a, &b}) {
-    check_no_fault(*node);
-    CHECK(node->tokens.each_once(shape.messages));
-  }
-  a.transport->shutdown(1.0);
-  b.transport->shutdown(1.0);
-  check_no_fault(a);
-  check_no_fault(b);
+  check_stream_pair(a, b);
 }
 
 }  // namespace
@@ -149,12 +110,28 @@ TEST_CASE("a device that is not there is named, with those that are") {
   }
 }
 
+TEST_CASE("device memory: nothing crosses the border") {
+  check_borders(maker());
+  check_borders(maker(true));
+}
+TEST_CASE("device memory: registration") { check_registration(maker()); }
+
+TEST_CASE("device memory: every word is there when the signal is") {
+  for (const bool by_immediate : {false, true})
+    check_pair({7168, 400, 16, true}, maker(by_immediate));
+  Node a(0, {7168, 1, 1, true}, maker()), b(1, a.shape, maker());
+  connect(a, b);
+  CHECK(a.transport->device_reach(1) == DeviceReach::kDirect);
+}
+
 TEST_CASE("device memory: a dmabuf that the device refuses gives way to registration by address") {
   StreamShape shape{4096, 1, 1};
   TokenCounter tokens;
   Node b(1, shape, maker());
   auto transport = make_verbs(&tokens, 0, options_of(0));
+  Mapping host(4096);
   std::vector<uint64_t> memory(512, 42);
+  transport->register_region(host.base(), 4096);
   DeviceRegion region;
   region.base = memory.data();
   region.bytes = memory.size() * 8;
@@ -164,7 +141,7 @@ TEST_CASE("device memory: a dmabuf that the device refuses gives way to registra
   MESSAGE(transport->describe());
   CHECK(transport->describe().find("device memory by address, dmabuf: ") != std::string::npos);
   transport->connect(1, b.transport->address());
-  transport->put(1, 0, shape.receive_offset(0), 4096, 0);
+  transport->put(1, 4096, shape.receive_offset(0), 4096, 0);
   transport->put_signal(1, shape.sequence_offset(), 1);
   const auto start = Clock::now();
   while (b.load(shape.sequence_offset()) != 1 && seconds_since(start) < kPatience) {
@@ -173,9 +150,17 @@ TEST_CASE("device memory: a dmabuf that the device refuses gives way to registra
   }
   CHECK(b.load(shape.sequence_offset()) == 1);
   CHECK(*b.words(shape.receive_offset(0)) == 42);
-  // The processor cannot store signals there.
-  auto immediate = make_verbs(&tokens, 0, options_of(0, true));
-  CHECK_THROWS_AS(immediate->register_device_region(region), TransportException);
+}
+
+TEST_CASE("device memory that cannot be registered is an error of its own kind") {
+  TokenCounter tokens;
+  Mapping host(4096);
+  auto transport = make_verbs(&tokens, 0, options_of(0));
+  transport->register_region(host.base(), 4096);
+  CHECK_THROWS_WITH_AS(
+      transport->register_device_region({reinterpret_cast<void*>(4096), 4096, -1, 0}),
+      doctest::Contains("rank 0: cannot register 4096 bytes of device memory"),
+      RegistrationException);
 }
 
 TEST_CASE("auto takes verbs where there is a port") {

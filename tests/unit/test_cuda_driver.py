@@ -1,0 +1,54 @@
+"""What the host asks the CUDA driver for device rings, with a driver that is made up."""
+
+from __future__ import annotations
+
+import ctypes
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from commlib.cuda import driver
+from commlib.errors import TransportError
+
+
+def use_driver(monkeypatch: pytest.MonkeyPatch, **calls: Any) -> None:
+    library = SimpleNamespace(cuGetErrorString=lambda code, text: None, **calls)
+    monkeypatch.setattr(driver, "_library", lambda: library)
+
+
+@pytest.mark.parametrize(
+    ("ordering", "uses_host_page_tables", "expected"),
+    [(0, 0, False), (99, 0, False), (100, 0, True), (200, 0, True), (200, 1, False)],
+)
+def test_a_flush_is_needed_unless_the_device_says_no(
+    monkeypatch: pytest.MonkeyPatch, ordering: int, uses_host_page_tables: int, expected: bool
+) -> None:
+    def get_attribute(value: Any, number: int, device: int) -> int:
+        value._obj.value = {118: ordering, 100: uses_host_page_tables}[number]
+        return 0 if device == 3 else 101
+
+    use_driver(monkeypatch, cuDeviceGetAttribute=get_attribute)
+    assert driver.has_ordered_rdma(3) is expected
+    with pytest.raises(TransportError, match="cuDeviceGetAttribute failed"):
+        driver.has_ordered_rdma(4)
+
+
+@pytest.mark.parametrize(("code", "expected"), [(0, 7), (801, -1)])
+def test_a_driver_without_dmabuf_is_no_error(monkeypatch: pytest.MonkeyPatch, code: int, expected: int) -> None:
+    def get_handle(descriptor: Any, address: Any, num_bytes: Any, kind: int, flags: Any) -> int:
+        assert (address.value, num_bytes.value, kind, flags.value) == (1 << 40, 4 << 20, 1, 0)
+        descriptor._obj.value = 7
+        return code
+
+    use_driver(monkeypatch, cuMemGetHandleForAddressRange=get_handle)
+    assert driver.export_dmabuf(1 << 40, 4 << 20) == expected
+
+
+def test_threads_are_set_up_with_the_context_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    libc = ctypes.CDLL(None)
+    use_driver(monkeypatch, cuCtxSetCurrent=libc.abs, cuThreadExchangeStreamCaptureMode=libc.labs)
+    monkeypatch.setattr(driver, "_primary_context", lambda index: ctypes.c_void_p(0x1000 + index))
+    set_context, context, exchange_mode, mode = driver.thread_setup(2)
+    assert (context, mode) == (0x1002, 2)
+    assert ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)(set_context)(-5) == 5 and exchange_mode not in (0, set_context)

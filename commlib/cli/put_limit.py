@@ -22,10 +22,17 @@ class PutLimit:
         lower_bound: [node] bytes from this rank.
         message_bytes: size of a put.
         window: puts in flight.
+        messages: address of device memory for `message_bytes * window`; 0: in host memory.
     """
 
     def __init__(
-        self, boot: Bootstrap, runtime: Runtime, lower_bound: list[int], message_bytes: int, window: int
+        self,
+        boot: Bootstrap,
+        runtime: Runtime,
+        lower_bound: list[int],
+        message_bytes: int,
+        window: int,
+        messages: int = 0,
     ) -> None:
         topology, config, rank = runtime.topology, runtime.config, runtime.rank
         self._boot = boot
@@ -33,7 +40,7 @@ class PutLimit:
         options = transport_options(read_env())
         options.node = topology.node(rank)
         options.local_rank = topology.local_rank(rank)
-        self._probe = _native.GoodputProbe(config.transport, rank, boot.size, message_bytes, window, options)
+        self._probe = _native.GoodputProbe(config.transport, rank, boot.size, message_bytes, window, options, messages)
         addresses = boot.allgather(self._probe.address(), timeout_s=self._timeout_s)
         for peer in topology.scale_out_peers(rank):
             self._probe.connect(peer, addresses[peer])

@@ -7,12 +7,22 @@
 #include "bindings/bindings.hpp"
 
 namespace nb = nanobind;
+using namespace nb::literals;
 
 namespace commlib::bindings {
 
 void register_goodput(nb::module_& module) {
   nb::class_<GoodputProbe>(module, "GoodputProbe")
-      .def(nb::init<const std::string&, int, int, size_t, int, const TransportOptions&>())
+      .def(
+          "__init__",
+          [](GoodputProbe* self, const std::string& transport, int rank, int num_ranks,
+             size_t message_bytes, int window, const TransportOptions& options,
+             uintptr_t messages) {
+            new (self) GoodputProbe(transport, rank, num_ranks, message_bytes, window, options,
+                                    reinterpret_cast<void*>(messages));
+          },
+          "transport"_a, "rank"_a, "num_ranks"_a, "message_bytes"_a, "window"_a, "options"_a,
+          "messages"_a = 0)
       .def("address",
            [](const GoodputProbe& probe) {
              const auto blob = probe.address();

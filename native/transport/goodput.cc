@@ -17,16 +17,21 @@ size_t ack_offset(int peer) { return arrived_offset(peer) + kLine; }
 }  // namespace
 
 GoodputProbe::GoodputProbe(const std::string& transport, int rank, int num_ranks,
-                           size_t message_bytes, int window, const TransportOptions& options)
+                           size_t message_bytes, int window, TransportOptions options,
+                           void* messages)
     : rank_(rank),
       words_bytes_(align_up(arrived_offset(num_ranks), kPage)),
       message_bytes_(message_bytes),
       window_(window),
-      memory_(kPage + words_bytes_ + message_bytes * size_t(window)),
-      transport_(make_transport(transport, this, rank, options)) {
+      memory_(kPage + words_bytes_ + (messages ? 0 : message_bytes * size_t(window))) {
+  options.has_device_region = messages != nullptr;
+  transport_ = make_transport(transport, this, rank, options);
   const auto address = reinterpret_cast<uintptr_t>(memory_.data());
   base_ = memory_.data() + (align_up(address, kPage) - address);
-  transport_->register_region(base_, words_bytes_ + message_bytes * size_t(window));
+  const size_t message_memory = message_bytes * size_t(window);
+  transport_->register_region(base_, words_bytes_ + (messages ? 0 : message_memory));
+  // Either way messages lie behind the words.
+  if (messages != nullptr) transport_->register_device_region({messages, message_memory});
 }
 
 GoodputProbe::~GoodputProbe() { transport_->shutdown(1.0); }

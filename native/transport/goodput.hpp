@@ -12,8 +12,9 @@ namespace commlib {
 // Streams of plain puts: no protocol above them but a window of outstanding messages.
 class GoodputProbe : private PutListener {
  public:
+  // `messages`: device memory for message_bytes * window; nullptr: host memory of the probe's own.
   GoodputProbe(const std::string& transport, int rank, int num_ranks, size_t message_bytes,
-               int window, const TransportOptions& options);
+               int window, TransportOptions options, void* messages = nullptr);
   ~GoodputProbe() override;
 
   std::vector<uint8_t> address() const { return transport_->address(); }

@@ -44,8 +44,8 @@ class RuntimeConfig:
         num_local_sms: multiprocessors for work that stays on the GPU (expand, reduce), if more than `num_sms`.
         out_blocks, in_blocks: between nodes, multiprocessors that serve a rank's own tokens on their way to other nodes
             and back, and those of other nodes, of the `num_sms` of a kernel; None: by the rates of the links. Of the
-            latter more or fewer take part in a call whose rows go to more or fewer ranks than in balanced routing
-            (GPU only).
+            latter fewer take part in a call whose rows go to fewer ranks than in balanced routing, and, unless their
+            number is given, more where rows go to more ranks (GPU only).
         decode_tokens: most tokens of a rank in a call of the latency regime, for which there are slots, between nodes
             room in the heap, from construction on (GPU only); None: that regime is not used.
         chunk_tokens: tokens moved per signal over scale-up.
@@ -63,7 +63,8 @@ class RuntimeConfig:
             rows between all ranks without the hosts, else host.
         use_tuned_plan: whether a plan that `commlib bench --tune` has found for this shape and topology replaces
             `chunk_tokens`, `chunk_bytes`, `ring_bytes`, `out_blocks` and `in_blocks` where they have their defaults and
-            the environment says nothing. Without one, GPUs of several nodes get chunks of 256 KiB in rings of 4 MiB.
+            the environment says nothing. Without one, GPUs of several nodes get chunks of 256 KiB in rings of 4 MiB,
+            unless either is set.
 
     Raises:
         ConfigError: a value breaks a rule; the message holds the value and the rule.

@@ -162,7 +162,7 @@ def plan_launch(config: RuntimeConfig, topology: Topology, rates: LinkRates | No
         num_blocks=config.num_sms,
         out_blocks=out_blocks,
         in_blocks=in_blocks,
-        most_in_blocks=max(in_blocks, min(most, config.num_sms - out_blocks - 1)),
+        most_in_blocks=config.in_blocks or max(in_blocks, min(most, config.num_sms - out_blocks - 1)),
         blocks_per_copy=per_copy,
     )
 

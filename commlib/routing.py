@@ -249,7 +249,7 @@ def dispatch_layout(topk_idx: Tensor, num_experts: int, num_ranks: int) -> tuple
     """Where tokens go, without communication or waiting for the device.
 
     Args:
-        topk_idx: int64 [num_tokens, num_topk], -1 = none.
+        topk_idx: int64 [num_tokens, num_topk], -1 = none, else below `num_experts`.
         num_experts: experts over all ranks.
         num_ranks: ranks of the group; divides `num_experts`.
 

@@ -27,11 +27,11 @@ from commlib.tuned_plans import (
     TUNED_FIELDS,
     Plans,
     apply_plan,
-    built_in_plan,
     default_file,
     read_plans,
     shape_key,
     topology_key,
+    with_built_in_plan,
 )
 
 if TYPE_CHECKING:
@@ -91,12 +91,13 @@ class Runtime:
                 local_rank = self.topology.local_rank(self.rank)
                 transport = agree_on_transport(boot, local_rank, connect_timeout_s)
                 self.config = dataclasses.replace(self.config, transport=transport)
-            tuned = plans.of_topology(topology_key(self.topology, self.config.transport)) or {}
+            plan = plans.of_topology(topology_key(self.topology, self.config.transport))
             self._plan_text = ""
-            if self.config.use_tuned_plan:
-                plan = {**built_in_plan(_kind_of(device), self.topology), **tuned}
+            if plan is None:
+                self.config = with_built_in_plan(self.config, _kind_of(device), self.topology, env)
+            else:
                 self.config = apply_plan(self.config, plan, env)
-                in_use = {name: value for name, value in tuned.items() if getattr(self.config, name) == value}
+                in_use = {name: value for name, value in plan.items() if getattr(self.config, name) == value}
                 if in_use:
                     self._plan_text = f"\ntuned plan, from rank 0's file: {json.dumps(in_use)}"
             self._executor: Executor = make_executor(boot, self.config, self.topology, self._id, connect_timeout_s)
@@ -143,7 +144,7 @@ class Runtime:
                 more operation in the order of all: on the stream of the eager calls, not between halves.
             regime: "throughput", or, for at most `decode_tokens` tokens per rank on GPUs, "latency": within a node one
                 hop without an exchange before it; BF16 rows or `fp8`, layout "grouped", `capacity` as above (None:
-                enough for every choice). At most two such dispatches may be without their second half.
+                enough for every choice). Within a node at most two such dispatches may be without their second half.
 
         Returns:
             Dispatched, in the order of docs/design.md section 3.

@@ -23,12 +23,12 @@ __all__ = [
     "Plan",
     "Plans",
     "apply_plan",
-    "built_in_plan",
     "default_file",
     "read_plans",
     "shape_key",
     "store_plan",
     "topology_key",
+    "with_built_in_plan",
 ]
 
 _logger = logging.getLogger("commlib")
@@ -135,9 +135,21 @@ def store_plan(path: Path, shape: dict[str, Any], topology: dict[str, Any], plan
     write_whole(path, Plans((*kept, entry)).to_bytes())
 
 
-def built_in_plan(device: str, topology: Topology) -> Plan:
-    """What holds for a Runtime without a plan from a file; `device` as for `shape_key`, or "cuda"."""
-    return dict(_BETWEEN_GPUS) if device != "cpu" and topology.num_nodes > 1 else {}
+def with_built_in_plan(config: RuntimeConfig, device: str, topology: Topology, env: Env) -> RuntimeConfig:
+    """Between nodes GPUs get other chunks and rings than CPUs, unless somebody has set either.
+
+    Args:
+        config: with what a plan from a file says.
+        device: as for `shape_key`, or "cuda".
+    """
+    is_free = all(getattr(config, name) == _default(name) and getattr(env, name) is None for name in _BETWEEN_GPUS)
+    if device == "cpu" or topology.num_nodes == 1 or not is_free or not config.use_tuned_plan:
+        return config
+    return dataclasses.replace(config, **_BETWEEN_GPUS)  # type: ignore[arg-type]
+
+
+def _default(name: str) -> Any:
+    return getattr(RuntimeConfig, name)
 
 
 def apply_plan(config: RuntimeConfig, plan: Plan, env: Env) -> RuntimeConfig:
@@ -145,11 +157,10 @@ def apply_plan(config: RuntimeConfig, plan: Plan, env: Env) -> RuntimeConfig:
 
     A plan that does not go with the rest of the config changes nothing, and says so in the log.
     """
-    defaults = {field.name: field.default for field in dataclasses.fields(RuntimeConfig)}
     changes: Any = {
         name: value
         for name, value in plan.items()
-        if getattr(config, name) == defaults[name] and getattr(env, name) is None
+        if getattr(config, name) == _default(name) and getattr(env, name) is None
     }
     try:
         return dataclasses.replace(config, **changes)

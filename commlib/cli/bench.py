@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any, NamedTuple
 
-from commlib.config import RuntimeConfig
 from commlib.errors import ConfigError
 
-__all__ = ["Shape", "add_parser", "run"]
+__all__ = ["Shape", "add_parser", "ring_options", "run"]
 
 DEFAULT_SHAPES = "1024x1024,4096x1024,1024x7168"
 CUDA_SHAPES = "4096x7168"
@@ -35,8 +34,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--iterations", type=int, default=7)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1, help="executor threads per rank (the baselines have one)")
-    parser.add_argument("--chunk-bytes", type=int, default=RuntimeConfig.chunk_bytes, help="bytes per put")
-    parser.add_argument("--ring-bytes", type=int, default=RuntimeConfig.ring_bytes, help="bytes of a scale-out ring")
+    parser.add_argument("--chunk-bytes", type=int, default=None, help="bytes per put (default: the Runtime's)")
+    parser.add_argument("--ring-bytes", type=int, default=None, help="bytes of a scale-out ring (likewise)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument(
         "--tune", action="store_true", help="search for the fastest plan, which Runtimes of this shape use from then on"
@@ -50,6 +49,13 @@ def add_parser(commands: Any) -> None:
     cuda.add_argument("--workload", default="uniform", help="a name of commlib.testing.workloads")
     cuda.add_argument("--routings", type=int, default=3, help="different routings, in turn")
     parser.set_defaults(run=run)
+
+
+def ring_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """For RuntimeConfig: what the command line says of rings, which no plan replaces then."""
+    given = {name: getattr(arguments, name) for name in ("chunk_bytes", "ring_bytes")}
+    given = {name: value for name, value in given.items() if value is not None}
+    return {**given, "use_tuned_plan": False} if given else {}
 
 
 def _parse_shapes(arguments: argparse.Namespace) -> list[Shape]:

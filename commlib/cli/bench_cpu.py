@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from commlib.bootstrap import connect
 from commlib.cli.baselines import AlltoallvExchange, memcpy_seconds
-from commlib.cli.bench import Shape
+from commlib.cli.bench import Shape, ring_options
 from commlib.cli.put_limit import PutLimit
 from commlib.cli.tune import printer, tune
 from commlib.config import RuntimeConfig
@@ -75,8 +75,7 @@ def _config_of(shape: Shape, arguments: argparse.Namespace) -> RuntimeConfig:
         max_tokens=shape.num_tokens,
         expert_alignment=1,
         num_threads=arguments.threads,
-        chunk_bytes=arguments.chunk_bytes,
-        ring_bytes=arguments.ring_bytes,
+        **ring_options(arguments),
     )
 
 

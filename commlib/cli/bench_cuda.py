@@ -20,6 +20,7 @@ import torch
 
 from commlib import ops, routing
 from commlib.bootstrap import Bootstrap, connect
+from commlib.cli.bench import ring_options
 from commlib.cli.nccl_baseline import NcclBaseline, open_process_group
 from commlib.cli.push_limit import PushLimit
 from commlib.cli.routed_rows import RoutedRows
@@ -71,8 +72,7 @@ class CudaBench:
             num_sms=num_sms,
             num_local_sms=self.num_local_sms,
             decode_tokens=arguments.decode_tokens or None,
-            chunk_bytes=arguments.chunk_bytes,
-            ring_bytes=arguments.ring_bytes,
+            **ring_options(arguments),
             timeout_s=20.0,
         )
         self.lines: list[dict[str, Any]] = []
@@ -315,13 +315,16 @@ class CudaBench:
             share = {"put_us": round(put_us, 1), "of_put_limit": round(put_us / times["us"], 3)}
         else:
             moved = float(np.mean(self.rows.num_remote_rows)) * self.shape.hidden * element_bytes
-            share = {"of_push_limit": round(moved / times["us"] / self._limit_rate, 3)}
+            has_limit = self._limit_rate > 0  # not where no row goes to another rank
+            share = {"of_push_limit": round(moved / times["us"] / self._limit_rate, 3) if has_limit else None}
         self._report(what=what, **values, checked=True, gb_s=round(moved / times["us"] / 1e3, 1), **share, **times)
 
     def _report(self, **values: Any) -> None:
         if self.boot.rank != 0:
             return
         line = {**values, **self.shape._asdict(), "num_ranks": self.boot.size, "workload": self.arguments.workload}
+        if self.network is not None:
+            line |= {"chunk_bytes": self.runtime.config.chunk_bytes, "ring_bytes": self.runtime.config.ring_bytes}
         line |= {
             "sms": self.num_sms,
             "local_sms": self.num_local_sms,
@@ -349,9 +352,8 @@ class CudaBench:
             name = " ".join(str(line[key]) for key in ("what", "way", "layout", "dtype") if key in line)
             share = f"  {line['gb_s']:7.1f} GB/s" if "gb_s" in line else ""
             for limit in ("push", "put"):
-                share += (
-                    f"  {line[f'of_{limit}_limit']:.2f} of the {limit} limit" if f"of_{limit}_limit" in line else ""
-                )
+                part = line.get(f"of_{limit}_limit")
+                share += "" if part is None else f"  {part:.2f} of the {limit} limit"
             print(f"  {name:<28} median {line['us']:8.1f}  p99 {line['us_p99']:8.1f}{share}")
         print(flush=True)
 

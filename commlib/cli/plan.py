@@ -6,7 +6,9 @@ import argparse
 from dataclasses import dataclass
 from typing import Any
 
+from commlib.cli.bench import ring_options
 from commlib.config import RuntimeConfig
+from commlib.env import Env
 from commlib.errors import ConfigError
 from commlib.launch_plan import (
     LaunchPlan,
@@ -20,6 +22,7 @@ from commlib.launch_plan import (
 from commlib.layout import align_up, format_bytes
 from commlib.topology import Topology
 from commlib.traffic import Traffic, expected_traffic
+from commlib.tuned_plans import with_built_in_plan
 
 __all__ = ["Forecast", "Step", "add_parser", "forecast", "run"]
 
@@ -143,8 +146,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--gpu-sms", type=int, default=132, help="multiprocessors of a GPU")
     parser.add_argument("--nic-gbytes", type=float, default=50.0, help="GB/s of a rank's network card")
     parser.add_argument("--nvlink-gbytes", type=float, default=365.0, help="GB/s of a rank's stores over NVLink")
-    parser.add_argument("--ring-bytes", type=int, default=RuntimeConfig.ring_bytes)
-    parser.add_argument("--chunk-bytes", type=int, default=RuntimeConfig.chunk_bytes)
+    parser.add_argument("--ring-bytes", type=int, default=None, help="default: what GPUs between nodes get")
+    parser.add_argument("--chunk-bytes", type=int, default=None, help="likewise")
     parser.set_defaults(run=run)
 
 
@@ -168,10 +171,10 @@ def run(arguments: argparse.Namespace) -> int:
             num_topk=arguments.topk,
             max_tokens=arguments.tokens,
             num_sms=arguments.num_sms,
-            ring_bytes=arguments.ring_bytes,
-            chunk_bytes=arguments.chunk_bytes,
+            **ring_options(arguments),
         )
         topology = Topology.uniform(num_ranks, arguments.ranks_per_node)
+        config = with_built_in_plan(config, "cuda", topology, Env())
         print(_line(forecast(config, topology, rates, fp8=not arguments.bf16, max_nodes=arguments.max_nodes)))
     return 0
 

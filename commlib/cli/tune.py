@@ -21,12 +21,11 @@ from commlib.launch_plan import plan_launch
 from commlib.topology import Topology
 from commlib.tuned_plans import (
     Plan,
-    apply_plan,
-    built_in_plan,
     default_file,
     shape_key,
     store_plan,
     topology_key,
+    with_built_in_plan,
 )
 
 __all__ = ["MARGIN", "Trial", "default_plan", "printer", "search", "tune"]
@@ -104,7 +103,8 @@ def default_plan(trial: Trial) -> Plan:
     if is_cpu:
         plan["chunk_tokens"] = config.chunk_tokens
     if has_network:
-        start = apply_plan(config, built_in_plan(trial.device, trial.topology), read_env())
+        free = dataclasses.replace(config, use_tuned_plan=True)  # measured without, but to start where others are
+        start = with_built_in_plan(free, trial.device, trial.topology, read_env())
         plan |= {"chunk_bytes": start.chunk_bytes, "ring_bytes": start.ring_bytes}
     if has_network and not is_cpu:
         launch = plan_launch(config, trial.topology)

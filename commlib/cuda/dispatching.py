@@ -239,7 +239,9 @@ class DispatchOps:
                 call.topk_idx, call.topk_weights, queue.device, shape.num_tokens, config.num_topk
             )
             native = self._new_handle(shape, template)
-            native.most_tokens = config.decode_tokens if call.regime == "latency" else config.max_tokens
+            # A capacity that the caller gives says nothing of the others' regime.
+            is_decode = call.regime == "latency" and call.capacity is None
+            native.most_tokens = config.decode_tokens if is_decode else config.max_tokens
             # Not 0 without tokens: 0 says "by handle".
             params.topk_idx = exchange.topk_idx = topk_idx.data_ptr() or params.slots
             params.topk_weights = exchange.topk_weights = 0 if topk_weights is None else topk_weights.data_ptr()

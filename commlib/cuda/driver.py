@@ -24,6 +24,7 @@ _DISABLE_TIMING = 2  # CU_EVENT_DISABLE_TIMING
 _MAX_DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 _HOST_PORTABLE, _HOST_DEVICEMAP = 1, 2  # CU_MEMHOSTREGISTER_*
+_ALREADY_REGISTERED = 712  # CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED
 
 _USES_HOST_PAGE_TABLES = 100  # CU_DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS_USES_HOST_PAGE_TABLES
 _RDMA_WRITES_ORDERING = 118  # CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WRITES_ORDERING
@@ -167,15 +168,22 @@ class Event:
             self._destroy(self._event)
 
 
-def map_host_memory(address: int, num_bytes: int) -> int:
-    """Pins host memory for kernels of the current context; returns the address they use."""
+def map_host_memory(address: int, num_bytes: int) -> tuple[int, bool]:
+    """Pins host memory for kernels of the current context.
+
+    Returns:
+        The address that kernels use, and whether it is ours to unpin: a UCX that serves device memory pins what it
+        registers.
+    """
     library, device = _library(), ctypes.c_uint64()
     flags = _HOST_PORTABLE | _HOST_DEVICEMAP
-    _check("cuMemHostRegister", library.cuMemHostRegister_v2(_Pointer(address), ctypes.c_size_t(num_bytes), flags))
+    code = library.cuMemHostRegister_v2(_Pointer(address), ctypes.c_size_t(num_bytes), flags)
+    if code != _ALREADY_REGISTERED:
+        _check("cuMemHostRegister", code)
     _check(
         "cuMemHostGetDevicePointer", library.cuMemHostGetDevicePointer_v2(ctypes.byref(device), _Pointer(address), 0)
     )
-    return int(device.value)
+    return int(device.value), code == 0
 
 
 def unmap_host_memory(address: int) -> None:

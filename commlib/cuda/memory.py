@@ -38,7 +38,7 @@ _LAZY_PEER_ACCESS = 1  # cudaIpcMemLazyEnablePeerAccess
 def default_heap_bytes(config: RuntimeConfig, num_ranks: int, num_nodes: int = 1) -> int:
     """Room for one balanced BF16 dispatch, half as much again, and the landing of its combine.
 
-    Between nodes also for two dispatches of the latency regime, as large as they can get.
+    Between nodes also for two dispatches of the latency regime with the config's alignment.
     """
     per_rank = config.max_tokens * config.num_topk
     padding = (config.num_experts // num_ranks) * config.expert_alignment
@@ -47,7 +47,7 @@ def default_heap_bytes(config: RuntimeConfig, num_ranks: int, num_nodes: int = 1
     decode = 0
     if num_nodes > 1 and config.decode_tokens is not None:
         most = most_decode_rows(config, num_ranks, config.expert_alignment)
-        decode = 2 * (most * (2 * config.hidden + 4) + num_ranks * config.decode_tokens * record_bytes(config.num_topk))
+        decode = 2 * (most * (2 * config.hidden + 4) + num_ranks * config.max_tokens * record_bytes(config.num_topk))
     return align_up(rows + 2 * landing + decode, 1 << 20)
 
 
@@ -187,14 +187,18 @@ class Heap:
     def used_bytes(self) -> int:
         with self._lock:
             self._merge()
-            return self.num_bytes - sum(size for _, size in self._free)
+            used = self.num_bytes - sum(size for _, size in self._free)
+        self._check_unused()  # whoever gave something back meanwhile did not get the lock
+        return used
 
     @property
     def largest_bytes(self) -> int:
         """Of the largest free block."""
         with self._lock:
             self._merge()
-            return max((size for _, size in self._free), default=0)
+            largest = max((size for _, size in self._free), default=0)
+        self._check_unused()
+        return largest
 
     def when_unused(self, call: Callable[[], Any]) -> None:
         """Calls `call` once no slab of this heap is in use, perhaps at once. None may be taken from now on."""
@@ -234,16 +238,19 @@ class Heap:
         self._check_unused()
 
     def _check_unused(self) -> None:
-        if self._when_unused is None or not self._lock.acquire(blocking=False):
-            return
-        try:
-            self._merge()
-            is_unused = self._free == [(0, self.num_bytes)] or self.num_bytes == 0
-        finally:
-            self._lock.release()
-        if is_unused:
-            call, self._when_unused = self._when_unused, None
-            call()
+        """Whoever holds the lock looks again when it is free, so that nobody has to wait for it here."""
+        while self._when_unused is not None and self._lock.acquire(blocking=False):
+            call = None
+            try:
+                self._merge()
+                if self._free == [(0, self.num_bytes)] or self.num_bytes == 0:
+                    call, self._when_unused = self._when_unused, None
+            finally:
+                self._lock.release()
+            if call is not None:
+                call()
+            if not self._returned:
+                return
 
     def _merge(self) -> None:
         """Takes in what has come back. The lock is held."""

@@ -82,8 +82,10 @@ class Tiers:
         pieces = (self._fabric.registered(), self._fabric.fifos(), self._fabric.completions())
         addresses = []
         for address, num_bytes in pieces:
-            addresses.append(map_host_memory(address, num_bytes))
-            self._mapped.append(address)
+            there, is_ours = map_host_memory(address, num_bytes)
+            addresses.append(there)
+            if is_ours:
+                self._mapped.append(address)
         self.registered_bytes += int(pieces[0][1])
         view = self._fabric.device_view(*addresses, chunk_bytes)
         self.view = torch.frombuffer(bytearray(view), dtype=torch.uint8).cuda()

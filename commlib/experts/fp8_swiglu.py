@@ -67,12 +67,12 @@ def fp8_swiglu(x: Tensor, row_weights: Tensor, weights: SwiGLUWeights, ends: Ten
 def swiglu_linked(x: Tensor, row_weights: Tensor, weights: SwiGLUWeights, ends: Tensor) -> Tensor:
     """`fp8_swiglu` on good arguments, in the graph of autograd."""
     store = store_for(*weights)
-    work: list[Any] | None = None
+    work: dict[int, list[Any]] | None = None
     edges: tuple[Tensor | None, ...] = (None, None, None)
     if store is None:
         edges = weights
         if not torch.compiler.is_compiling():
-            work = [None] * len(weights)
+            work = {}
             edges = tuple(
                 _InTurn.apply(weight, work, place)  # type: ignore[no-untyped-call]
                 for place, weight in enumerate(weights)
@@ -85,18 +85,25 @@ def swiglu_linked(x: Tensor, row_weights: Tensor, weights: SwiGLUWeights, ends: 
 
 class _InTurn(torch.autograd.Function):
     """The edge from `_Experts` to a weight. Its gradient is computed when autograd goes along here, so that the one
-    before has reached its weight, and only one of them takes memory beside those that are kept."""
+    before has reached its weight, and only one of them takes memory beside those that are kept. `work`: what is left to
+    compute, for each backward pass that is under way."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, work: list[Any], place: int) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, work: dict[int, list[Any]], place: int) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.work, ctx.place = work, place
         return weight.new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> Any:
-        compute, ctx.work[ctx.place] = ctx.work[ctx.place], None
+        left = ctx.work[_backward_pass()]
+        compute, left[ctx.place] = left[ctx.place], None
         return compute(), None, None
+
+
+def _backward_pass() -> int:
+    """Its number, the same on all of autograd's threads."""
+    return int(torch._C._current_graph_task_id())
 
 
 class _Experts(torch.autograd.Function):
@@ -115,7 +122,7 @@ class _Experts(torch.autograd.Function):
         weights: SwiGLUWeights,
         ends: Tensor,
         store: WeightGradStore | None,
-        work: list[Any] | None,
+        work: dict[int, list[Any]] | None,
     ) -> Tensor:
         rows = _as_rows(x)
         gate_out = grouped_mm(rows, cast_weight(weights.gate), ends)
@@ -150,6 +157,12 @@ class _Experts(torch.autograd.Function):
             partial(_down_grad, grad_y, gate_kept, up_kept, row_weights, ends, weights.down.dtype),
         )
         weight_grads: list[Tensor | None] = [None] * len(work)
+        left: list[Any] = [None] * len(work)
+        if ctx.work is not None:
+            # Edges to weights whose gradients this pass does not want are not gone along: what is left goes at its end.
+            number = _backward_pass()
+            ctx.work[number] = left
+            torch.autograd.Variable._execution_engine.queue_callback(partial(ctx.work.pop, number, None))
         for place, compute in enumerate(work):
             if ctx.later is not None:
                 if ctx.later[place].requires_grad:
@@ -159,7 +172,7 @@ class _Experts(torch.autograd.Function):
             elif ctx.work is None:
                 weight_grads[place] = compute()
             else:
-                ctx.work[place] = compute
+                left[place] = compute
         return None, grad_x, grad_row_weights, *weight_grads, *[None] * 4
 
 

@@ -38,7 +38,8 @@ def quantize_experts(weight: Tensor) -> Fp8Weight:
 def grouped_mm(x: Fp8Rows, weight: Fp8Weight, ends: Tensor, add_to: Tensor | None = None) -> Tensor:
     """`y[r] = x[r] W[e]^T`: [T, K], [E, N, K] -> [T, N] in the dtype of `x`; T and N multiples of 128.
 
-    With `add_to`, such a result, the product is added to it, and `add_to` is returned.
+    With `add_to`, such a result, the product is added to it, and `add_to` is returned. The kernel adds before it
+    rounds, the other way rounds the product first.
     """
     if kernels := _kernels(x.fp8.device.type):
         y: Tensor = kernels.grouped_mm(x.fp8, x.scales, *weight, ends, x.dtype, add_to)

@@ -177,6 +177,26 @@ def latency_rank() -> None:
     print(f"rank {boot.rank}: latency OK", flush=True)
 
 
+def loads_rank() -> None:
+    """One Runtime, calls whose rows want other numbers of forwarders: all, none, few, all again."""
+    boot, device = join()
+    names = ("uniform", "local", "masked", "hot", "uniform")
+    works = [
+        workload_of("uniform" if name == "local" else name, boot.size, seed, 61) for seed, name in enumerate(names)
+    ]
+    for name, work in zip(names, works, strict=True):
+        if name == "local":  # nothing crosses the network
+            for rank, idx in enumerate(work.topk_idx):
+                per_rank = work.num_experts // boot.size
+                idx.copy_(torch.where(idx < 0, idx, rank * per_rank + torch.arange(idx.shape[1]) % per_rank))
+    topology = Topology((0, 0, 1, 2))
+    with open_runtime(boot, device, works[0], 256, **{**SMALL, "num_sms": 12, "topology": topology}) as runtime:
+        assert runtime._executor.tiers.plan.most_in_blocks > 1
+        for seed, work in enumerate(works):
+            check_plain(runtime, work, 256, (torch.bfloat16,), seed)
+    print(f"rank {boot.rank}: loads OK", flush=True)
+
+
 def bench_rank(arguments: list[str]) -> None:
     """`commlib bench` checks what it measures."""
     assert cli.main(["bench", "--device", "cuda", "--num-sms", "4", "--iterations", "1", *arguments]) == 0

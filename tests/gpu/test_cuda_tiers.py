@@ -116,6 +116,10 @@ def test_modes(rings: str) -> None:
     check("modes_rank", 4, 2, rings=rings)
 
 
+def test_forwarders_come_and_go_with_the_load() -> None:
+    check("loads_rank", 4, 1)
+
+
 @pytest.mark.parametrize("ranks_per_node", [2, 1])
 def test_latency_regime(ranks_per_node: int) -> None:
     check("latency_rank", 2 * ranks_per_node, ranks_per_node)

@@ -140,6 +140,23 @@ def test_heap_takes_splits_and_merges() -> None:
     assert Heap(0, 0).take_largest().num_bytes == 0
 
 
+@pytest.mark.parametrize("what", ["used_bytes", "largest_bytes"])
+def test_the_last_slab_goes_back_while_somebody_counts(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a garbage collection on the same thread, which must not wait for the lock that this thread holds."""
+    heap, freed = Heap(512, 10 * ALIGNMENT), []
+    slabs = [heap.take(ALIGNMENT)]
+    heap.when_unused(lambda: freed.append(True))
+    merge = heap._merge
+
+    def collect() -> None:
+        merge()
+        slabs.clear()
+
+    monkeypatch.setattr(heap, "_merge", collect)
+    getattr(heap, what)
+    assert freed == [True] and heap.used_bytes == 0 and freed == [True]
+
+
 def test_regions_do_not_overlap() -> None:
     config = RuntimeConfig(hidden=256, num_experts=12, num_topk=3, max_tokens=100)
     regions = Regions(config, 4)

@@ -52,3 +52,25 @@ def test_threads_are_set_up_with_the_context_of_the_device(monkeypatch: pytest.M
     set_context, context, exchange_mode, mode = driver.thread_setup(2)
     assert (context, mode) == (0x1002, 2)
     assert ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)(set_context)(-5) == 5 and exchange_mode not in (0, set_context)
+
+
+@pytest.mark.parametrize(("code", "is_ours"), [(0, True), (712, False)])
+def test_memory_that_the_transport_has_pinned_is_not_ours_to_unpin(
+    monkeypatch: pytest.MonkeyPatch, code: int, is_ours: bool
+) -> None:
+    def get_pointer(device: Any, address: Any, flags: int) -> int:
+        device._obj.value = address.value + 1
+        return 0
+
+    use_driver(
+        monkeypatch,
+        cuMemHostRegister_v2=lambda address, num_bytes, flags: code,
+        cuMemHostGetDevicePointer_v2=get_pointer,
+    )
+    assert driver.map_host_memory(4096, 8192) == (4097, is_ours)
+
+
+def test_memory_that_cannot_be_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_driver(monkeypatch, cuMemHostRegister_v2=lambda address, num_bytes, flags: 2)
+    with pytest.raises(TransportError, match="cuMemHostRegister failed"):
+        driver.map_host_memory(4096, 8192)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -268,9 +269,28 @@ def test_only_wanted_gradients_of_weights(which: str) -> None:
     for name, each in weights._asdict().items():
         assert (each.grad is not None) == (name == which)
     assert torch.equal(getattr(weights, which).grad, getattr(whole_weights, which).grad)
-    y = fp8_swiglu(make_rows(torch.bfloat16), torch.ones(sum(COUNTS)), whole_weights, ends())
-    (grad,) = torch.autograd.grad(y.sum(), [getattr(whole_weights, which)])
+    row_weights = torch.ones(sum(COUNTS), requires_grad=True)
+    y = fp8_swiglu(make_rows(torch.bfloat16), row_weights, whole_weights, ends())
+    (grad,) = torch.autograd.grad(y.sum(), [getattr(whole_weights, which)], retain_graph=True)
     assert torch.equal(grad, getattr(weights, which).grad)
+    torch.autograd.grad(y.sum(), [row_weights], retain_graph=True)
+    # What nobody has asked for does not wait, with its operands, for as long as the graph lives.
+    assert y.grad_fn is not None and y.grad_fn.work == {}
+
+
+def test_backward_passes_of_one_graph_at_the_same_time() -> None:
+    weights = make_weights()
+    y = fp8_swiglu(make_rows(torch.bfloat16), torch.ones(sum(COUNTS)), weights, ends())
+
+    def grads(scale: float) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(y, weights, torch.full_like(y, scale), retain_graph=True)
+
+    expected = {scale: grads(scale) for scale in (1.0, 2.0, 4.0, 8.0)}
+    with ThreadPoolExecutor(len(expected)) as threads:
+        asked = list(expected) * 10
+        for scale, found in zip(asked, threads.map(grads, asked), strict=True):
+            for ours, theirs in zip(found, expected[scale], strict=True):
+                assert torch.equal(ours, theirs)
 
 
 def test_no_rows_at_all() -> None:

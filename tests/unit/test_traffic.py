@@ -108,5 +108,5 @@ def test_plan_command(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out.splitlines()
     assert len(out) == 3 and out[0].startswith("calculated, not measured") and "85% of them left to compute" in out[0]
     assert out[1].startswith("8 nodes, 64 ranks, 256 experts") and out[2].startswith("256 nodes, 2048 ranks, 2048")
-    assert "28.2 MiB registered, 28 MiB of them rings;" in out[1]
+    assert "112 MiB registered, 112 MiB of them rings;" in out[1]
     assert main(["plan", "--nodes", "0"]) == 1

@@ -16,7 +16,15 @@ from commlib.env import Env
 from commlib.errors import CapacityError
 from commlib.runtime import Runtime
 from commlib.topology import Topology
-from commlib.tuned_plans import Plans, apply_plan, built_in_plan, read_plans, shape_key, store_plan, topology_key
+from commlib.tuned_plans import (
+    Plans,
+    apply_plan,
+    read_plans,
+    shape_key,
+    store_plan,
+    topology_key,
+    with_built_in_plan,
+)
 
 CONFIG = RuntimeConfig(hidden=256, num_experts=8, num_topk=2)
 TWO_NODES, FOUR_NODES = topology_key(Topology.uniform(4, 2), "ucx"), topology_key(Topology.uniform(4, 1), "ucx")
@@ -103,14 +111,19 @@ def test_what_the_caller_or_the_environment_has_set_stands(caplog: pytest.LogCap
     assert "is ignored: ring_bytes=1024 is below" in caplog.text
 
 
-def test_what_holds_without_a_file() -> None:
+def test_between_nodes_gpus_have_other_rings_unless_somebody_has_set_them(caplog: pytest.LogCaptureFixture) -> None:
     two, one = Topology.uniform(4, 2), Topology.uniform(4, 4)
-    assert built_in_plan("cpu", two) == built_in_plan("cuda", one) == {}
-    plan = built_in_plan("cuda", two)
-    assert plan == built_in_plan("NVIDIA H200", two)
-    made = apply_plan(CONFIG, plan, Env())
-    assert (made.chunk_bytes, made.ring_bytes) == (256 << 10, 4 << 20)
-    assert apply_plan(dataclasses.replace(CONFIG, ring_bytes=1 << 21), plan, Env()).ring_bytes == 1 << 21
+    for device, topology in (("cpu", two), ("cuda", one)):
+        assert with_built_in_plan(CONFIG, device, topology, Env()) == CONFIG
+    for device in ("cuda", "NVIDIA H200"):
+        made = with_built_in_plan(CONFIG, device, two, Env())
+        assert (made.chunk_bytes, made.ring_bytes) == (256 << 10, 4 << 20)
+    changes: list[dict[str, Any]] = [{"ring_bytes": 256 << 10}, {"chunk_bytes": 1 << 19}, {"use_tuned_plan": False}]
+    for change in changes:
+        config = dataclasses.replace(CONFIG, **change)
+        assert with_built_in_plan(config, "cuda", two, Env()) == config
+    assert with_built_in_plan(CONFIG, "cuda", two, Env(chunk_bytes=1 << 16)) == CONFIG
+    assert not caplog.records
 
 
 def test_a_runtime_takes_the_plan_of_its_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

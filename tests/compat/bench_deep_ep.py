@@ -21,12 +21,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from compat.compat_job import Job, case_of, deep_ep
+from compat.grouped_experts import install
 from compat.megatron_job import make_layers, megatron
 from torch import Tensor
 
 
 def main() -> None:
     options = parse_options()
+    if options.grouped:
+        install()
     dist.init_process_group("gloo" if options.device == "cpu" else "cpu:gloo,cuda:nccl", timeout=timedelta(seconds=120))
     rank, size = dist.get_rank(), dist.get_world_size()
     device = torch.device("cpu")
@@ -54,6 +57,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--topk", type=int, default=4)
     parser.add_argument("--expert-hidden", type=int, default=512)
     parser.add_argument("--turns", type=int, default=15)
+    parser.add_argument("--grouped", action="store_true", help="Megatron's experts in one grouped product")
     return parser.parse_args()
 
 
@@ -95,13 +99,14 @@ def overhead(job: Job, options: argparse.Namespace) -> dict[str, float]:
 
 
 def layer(job: Job, options: argparse.Namespace) -> dict[str, float]:
-    dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
+    dtype = torch.float32 if options.device == "cpu" and not options.grouped else torch.bfloat16
     settings: dict[str, Any] = {
         "hidden_size": options.hidden,
         "num_moe_experts": options.experts,
         "ffn_hidden_size": options.expert_hidden,
         "moe_ffn_hidden_size": options.expert_hidden,
         "moe_router_topk": options.topk,
+        "moe_grouped_gemm": options.grouped,
         "params_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
     }

@@ -83,7 +83,8 @@ def make_layers(job: Job, count: int, expert_tensor_parallel: int, **settings: A
         "bias_activation_fusion": False,
     }
     config = TransformerConfig(**{**values, **settings})
-    submodules = get_gpt_layer_local_spec(num_experts=NUM_EXPERTS, moe_grouped_gemm=False).submodules.mlp.submodules
+    spec = get_gpt_layer_local_spec(num_experts=NUM_EXPERTS, moe_grouped_gemm=config.moe_grouped_gemm)
+    submodules = spec.submodules.mlp.submodules
     layers = [MoELayer(config, submodules, layer_number=number + 1).to(job.device) for number in range(count)]
     for number, layer in enumerate(layers):
         for name, parameter in layer.named_parameters():

@@ -104,7 +104,7 @@ class UcxTransport final : public ProviderBase {
   void release_handles() noexcept;
 
   // ucx_lanes.cc
-  ucs_status_t exclude_single_copy(ucp_config_t* config) const;
+  ucs_status_t exclude_transports(ucp_config_t* config) const;
   bool is_refused(const std::string& transport) const;
   void refuse_single_copy(const Peer& peer) const;
   ucs_memory_type_t type_of(ucp_mem_h memory) const;

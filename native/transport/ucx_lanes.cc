@@ -22,6 +22,10 @@ constexpr const char* kSingleCopy[] = {"cma", "knem", "xpmem", "cuda_ipc", "rocm
 // reach: it gives keys of GPU memory only, and register_region() refuses any but host memory.
 constexpr const char* kDeviceCopy = "cuda_ipc";
 
+// They move device memory to and from host memory. Without a device region there is none to move,
+// and they would pin all host memory that is registered, which kernels' owners pin by themselves.
+constexpr const char* kDeviceOnly[] = {"cuda_copy", "gdr_copy", "rocm_copy", "ze_copy"};
+
 struct LaneName {
   std::string transport;
   std::string device;
@@ -51,15 +55,20 @@ bool UcxTransport::is_refused(const std::string& transport) const {
          std::end(kSingleCopy);
 }
 
-// Keeps them out of this worker's address as well, so that no peer, whatever its settings, has such
-// a way to us. A list of the user's is not touched: refuse_single_copy() looks at what comes of it.
-ucs_status_t UcxTransport::exclude_single_copy(ucp_config_t* config) const {
+// Keeps single copies out of this worker's address as well, so that no peer, whatever its settings,
+// has such a way to us. A list of the user's is not touched: refuse_single_copy() looks at what
+// comes of it.
+ucs_status_t UcxTransport::exclude_transports(ucp_config_t* config) const {
   const char* given = std::getenv("UCX_TLS");
   std::string excluded = given != nullptr ? given : "all";
   if (excluded == "all") excluded = "^";
   if (excluded[0] != '^') return UCS_OK;
+  const auto exclude = [&](const char* transport) {
+    excluded.append(excluded.size() > 1 ? "," : "").append(transport);
+  };
   for (const char* transport : kSingleCopy)
-    if (is_refused(transport)) excluded.append(excluded.size() > 1 ? "," : "").append(transport);
+    if (is_refused(transport)) exclude(transport);
+  if (!has_device_region_) std::for_each(std::begin(kDeviceOnly), std::end(kDeviceOnly), exclude);
   return ucp_config_modify(config, "TLS", excluded.c_str());
 }
 

@@ -103,7 +103,7 @@ void UcxTransport::create_context() {
   ucs_status_t status = ucp_config_read(nullptr, nullptr, &config);
   if (status != UCS_OK) throw_setup("ucp_config_read", status, -1, "UCX configuration");
   fence_mode_ = configure(config);
-  status = exclude_single_copy(config);
+  status = exclude_transports(config);
   if (status != UCS_OK) {
     ucp_config_release(config);
     throw_setup("ucp_config_modify", status, -1, "UCX transports");

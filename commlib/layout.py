@@ -20,6 +20,7 @@ __all__ = [
     "expected_rows",
     "format_bytes",
     "grouped_offsets",
+    "most_rows",
     "num_scales",
     "record_bytes",
     "row_bytes",
@@ -91,6 +92,11 @@ def grouped_offsets(num_tokens_per_expert: Sequence[int], alignment: int) -> npt
     for i, num_tokens in enumerate(num_tokens_per_expert):
         psum[i + 1] = psum[i] + align_up(int(num_tokens), alignment)
     return psum
+
+
+def most_rows(num_tokens: int, num_topk: int, num_local_experts: int, alignment: int) -> int:
+    """Rows that a rank gets in layout "grouped" if `num_tokens` tokens, those of all ranks, all choose its experts."""
+    return num_tokens * min(num_topk, num_local_experts) + num_local_experts * (alignment - 1)
 
 
 def expected_rows(config: RuntimeConfig, num_ranks: int, layout: Layout) -> int:

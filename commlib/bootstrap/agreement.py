@@ -9,7 +9,7 @@ from typing import Any
 from commlib.bootstrap.interface import Bootstrap
 from commlib.errors import CapacityError, CommError, CommTimeout, ConfigError, PeerLostError, TransportError
 
-__all__ = ["allgather_or_raise", "require_equal"]
+__all__ = ["allgather_or_raise", "largest_of", "require_equal"]
 
 _TYPES = {
     kind.__name__: kind for kind in (CapacityError, CommError, CommTimeout, ConfigError, PeerLostError, TransportError)
@@ -33,6 +33,11 @@ def allgather_or_raise(boot: Bootstrap, step: Callable[[], bytes], *, timeout_s:
         if each[:1] != b"+":
             raise _decode(rank, each[1:]) from own
     return [each[1:] for each in blobs]
+
+
+def largest_of(boot: Bootstrap, value: float, *, timeout_s: float) -> float:
+    """The largest of all ranks' numbers, on every rank."""
+    return float(max(json.loads(blob) for blob in boot.allgather(json.dumps(value).encode(), timeout_s=timeout_s)))
 
 
 def require_equal(values: Sequence[dict[str, Any]]) -> None:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from commlib.bootstrap import connect
 from commlib.cli.baselines import AlltoallvExchange, memcpy_seconds
 from commlib.cli.bench import Shape, ring_options
-from commlib.cli.put_limit import PutLimit
+from commlib.cli.put_limit import PutLimit, put_ways
 from commlib.cli.tune import printer, tune
 from commlib.config import RuntimeConfig
 from commlib.errors import ConfigError
@@ -140,11 +140,9 @@ class _Bench:
         return self._lines(bytes_moved, lower_bound, memory._asdict())
 
     def _put_limits(self, lower_bound: list[int]) -> dict[str, PutLimit]:
-        """Plain puts in two ways, the faster of which counts: as our rings do it, and large with much in flight."""
         if self.runtime.topology.num_nodes == 1:
             return {}
-        config = self.runtime.config
-        ways = {"chunk": (config.chunk_bytes, config.ring_bytes // config.chunk_bytes), "large": (256 << 10, 16)}
+        ways = put_ways(self.runtime.config)
         return {name: PutLimit(self.boot, self.runtime, lower_bound, *way) for name, way in ways.items()}
 
     def _timed(self, name: str, is_counted: bool, call: Callable[[], Any]) -> Any:

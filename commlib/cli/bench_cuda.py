@@ -20,6 +20,7 @@ import torch
 
 from commlib import ops, routing
 from commlib.bootstrap import Bootstrap, connect
+from commlib.bootstrap.agreement import largest_of
 from commlib.cli.bench import ring_options
 from commlib.cli.nccl_baseline import NcclBaseline, open_process_group
 from commlib.cli.push_limit import PushLimit
@@ -87,7 +88,8 @@ class CudaBench:
             if runtime.topology.num_nodes > 1:
                 from commlib.cli.network_limit import NetworkLimit  # here: one node needs no native core
 
-                self.network = NetworkLimit(self.boot, runtime, self.rows.rows_per_node(runtime.topology))
+                num_rows = self.rows.rows_per_node(runtime.topology)
+                self.network = NetworkLimit(self.boot, runtime, self.executor, num_rows)
             for layout, fp8 in (("grouped", None), ("rows", None), ("grouped", "pow2"), ("rows", "pow2")):
                 self._dispatch(layout, fp8)
             self._combine("grouped", is_weighted=True)
@@ -301,7 +303,7 @@ class CudaBench:
         self._align()
 
     def _slowest(self, value: float) -> float:
-        return float(max(json.loads(text) for text in self.boot.allgather(json.dumps(value).encode(), timeout_s=60)))
+        return largest_of(self.boot, value, timeout_s=60)
 
     def _check_combined(self, rows: RoutedRows, result: Any, layout: str, is_weighted: bool) -> None:
         rows.check_combined(0, result.x, layout, self.runtime.topology, is_weighted=is_weighted)

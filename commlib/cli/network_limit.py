@@ -3,32 +3,33 @@ of memory in which the Runtime's rings lie."""
 
 from __future__ import annotations
 
-import json
 import statistics
+from typing import Any
 
 from commlib.bootstrap import Bootstrap
-from commlib.cli.put_limit import PutLimit
+from commlib.bootstrap.agreement import largest_of
+from commlib.cli.put_limit import PutLimit, put_ways
 from commlib.cuda.rings import RingMemory
 from commlib.runtime import Runtime
 
 __all__ = ["NetworkLimit"]
 
-_LARGE = (256 << 10, 16)  # bytes of a put, puts in flight
 _ROUNDS = 7
 
 
 class NetworkLimit:
-    """The faster of two ways: messages as our rings send them, or large ones with much in flight.
+    """The faster of `put_ways`.
 
     Args:
         boot: the ranks of `runtime`.
         runtime: for its topology, transport and rings.
+        executor: its CudaEngine.
         num_rows: [node] rows from this rank.
     """
 
-    def __init__(self, boot: Bootstrap, runtime: Runtime, num_rows: list[int]) -> None:
+    def __init__(self, boot: Bootstrap, runtime: Runtime, executor: Any, num_rows: list[int]) -> None:
         self._boot, self._runtime, self._num_rows = boot, runtime, num_rows
-        self._has_device_rings = "rings in GPU memory" in runtime.describe()
+        self._has_device_rings: bool = executor.tiers.has_device_rings
         self._found: dict[tuple[int, bool], tuple[float, float]] = {}
 
     def measure(self, row_bytes: int, *, is_combine: bool) -> tuple[float, float]:
@@ -39,10 +40,9 @@ class NetworkLimit:
         return self._found[key]
 
     def _measure(self, row_bytes: int, is_combine: bool) -> tuple[float, float]:
-        config = self._runtime.config
         num_bytes = [rows * row_bytes for rows in self._num_rows]
         times = []
-        for size, window in ((config.chunk_bytes, config.ring_bytes // config.chunk_bytes), _LARGE):
+        for size, window in put_ways(self._runtime.config).values():
             memory = RingMemory(size * window) if self._has_device_rings else None
             address = 0 if memory is None else memory.address
             limit = PutLimit(self._boot, self._runtime, num_bytes, size, window, address)
@@ -54,4 +54,4 @@ class NetworkLimit:
         return self._most(sum(num_bytes)), 1e6 * min(times)
 
     def _most(self, value: float) -> float:
-        return float(max(json.loads(blob) for blob in self._boot.allgather(json.dumps(value).encode(), timeout_s=60)))
+        return largest_of(self._boot, value, timeout_s=60)

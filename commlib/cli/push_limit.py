@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from commlib.cuda.compile import compile_unit, default_cache
-from commlib.cuda.driver import KernelArguments, load_kernels
+from commlib.cuda.driver import KernelArguments
 from commlib.cuda.launch import MAX_SHARED_BYTES, push_limit_bytes
 from commlib.cuda.params import PushLimitCall
+from commlib.cuda.units import load_units
 
 __all__ = ["PushLimit", "Way"]
 
@@ -34,7 +34,7 @@ class PushLimit:
     def __init__(self, executor: Any, rows: Any, num_sms: int) -> None:
         self._executor, self._rows, self._num_sms = executor, rows, num_sms
         self._row_bytes = rows.shape[1] * rows.element_size()
-        self._kernel = load_kernels(compile_unit("push_limit", default_cache())[0], {"push_limit": MAX_SHARED_BYTES})
+        self._kernel = load_units({"push_limit": {"push_limit": MAX_SHARED_BYTES}})
         self._peers = executor.topology.scale_up_peers(executor.rank)
 
     @property

@@ -6,11 +6,17 @@ import json
 
 from commlib import _native
 from commlib.bootstrap import Bootstrap
+from commlib.config import RuntimeConfig
 from commlib.env import read_env
 from commlib.runtime import Runtime
 from commlib.transport import transport_options
 
-__all__ = ["PutLimit"]
+__all__ = ["PutLimit", "put_ways"]
+
+
+def put_ways(config: RuntimeConfig) -> dict[str, tuple[int, int]]:
+    """Bytes of a put and puts in flight: as our rings do it, and large with much in flight. The faster one counts."""
+    return {"chunk": (config.chunk_bytes, config.ring_bytes // config.chunk_bytes), "large": (256 << 10, 16)}
 
 
 class PutLimit:

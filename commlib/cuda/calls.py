@@ -21,6 +21,7 @@ __all__ = [
     "KINDS",
     "LAYOUTS",
     "aligned",
+    "check_alignment",
     "check_capacity",
     "check_handle",
     "check_routing",
@@ -117,6 +118,14 @@ def check_handle(handle: Any, runtime_id: int) -> Any:
     if handle._runtime_id != runtime_id:
         raise ConfigError("the handle belongs to another Runtime")
     return handle._native
+
+
+def check_alignment(given: Any, config: RuntimeConfig, *, num_bits: int) -> int:
+    """Of a dispatch; None: that of the config."""
+    alignment = config.expert_alignment if given is None else given
+    if not isinstance(alignment, int) or not 1 <= alignment < 2**num_bits:
+        raise ConfigError(f"expert_alignment={alignment!r} is not an integer in 1..2^{num_bits}-1")
+    return alignment
 
 
 def check_capacity(capacity: Any) -> int:

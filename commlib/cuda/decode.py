@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from commlib.config import RuntimeConfig
+from commlib.cuda.calls import check_alignment
 from commlib.errors import ConfigError
 from commlib.executor import DispatchCall
+from commlib.layout import most_rows
 
 __all__ = ["check_decode", "check_decode_rows", "most_decode_rows"]
 
@@ -15,10 +17,7 @@ def check_decode(call: DispatchCall, config: RuntimeConfig) -> int:
         raise ConfigError('regime="latency" needs a RuntimeConfig with decode_tokens')
     if call.handle is not None or str(call.layout) != "grouped":
         raise ConfigError('regime="latency" has fresh dispatches in layout "grouped" only')
-    alignment = config.expert_alignment if call.expert_alignment is None else call.expert_alignment
-    if not isinstance(alignment, int) or not 1 <= alignment < 2**20:
-        raise ConfigError(f"expert_alignment={alignment!r} is not an integer in 1..2^20-1")
-    return alignment
+    return check_alignment(call.expert_alignment, config, num_bits=20)
 
 
 def check_decode_rows(num_tokens: int, dtype: str, config: RuntimeConfig) -> None:
@@ -32,6 +31,5 @@ def check_decode_rows(num_tokens: int, dtype: str, config: RuntimeConfig) -> Non
 
 def most_decode_rows(config: RuntimeConfig, num_ranks: int, alignment: int) -> int:
     """Rows that a rank may get, padding included."""
-    experts = config.num_experts // num_ranks
     tokens = num_ranks * (config.decode_tokens or 0)
-    return tokens * min(config.num_topk, experts) + experts * (alignment - 1)
+    return most_rows(tokens, config.num_topk, config.num_experts // num_ranks, alignment)

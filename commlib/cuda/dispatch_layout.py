@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from commlib.cuda.calls import aligned
-from commlib.cuda.compile import compile_unit, default_cache
-from commlib.cuda.driver import Kernel, KernelArguments, bind_context, load_kernels
+from commlib.cuda.driver import Kernel
 from commlib.cuda.params import LayoutCall
+from commlib.cuda.units import launch_on, load_on
 
 __all__ = ["MAX_COUNTERS", "MAX_RANKS", "count_layout", "load_layout"]
 
@@ -22,10 +22,7 @@ _THREADS, _MOST_BLOCKS = 256, 32
 @cache
 def load_layout(device_index: int) -> Kernel:
     """The kernel on a device; see `commlib.cuda.gate.load_gate`."""
-    with torch.cuda.device(device_index):
-        torch.cuda.current_stream().synchronize()  # makes the context
-        cubin, _ = compile_unit("dispatch_layout", default_cache())
-        return load_kernels(cubin, {"dispatch_layout": 4 * MAX_COUNTERS})["dispatch_layout"]
+    return load_on(device_index, {"dispatch_layout": {"dispatch_layout": 4 * MAX_COUNTERS}})["dispatch_layout"]
 
 
 def count_layout(topk_idx: Tensor, num_experts: int, num_ranks: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -46,8 +43,5 @@ def count_layout(topk_idx: Tensor, num_experts: int, num_ranks: int) -> tuple[Te
             num_ranks=num_ranks,
         )
         blocks = min(_MOST_BLOCKS, -(-len(idx) // _THREADS))
-        with torch.cuda.device(device):
-            bind_context(device.index)
-            stream = torch.cuda.current_stream().cuda_stream
-            load_layout(device.index).launch(stream, blocks, _THREADS, 4 * len(counters), KernelArguments(call))
+        launch_on(device.index, load_layout(device.index), blocks, _THREADS, 4 * len(counters), call)
     return per_rank, per_expert, in_rank

@@ -12,6 +12,7 @@ from commlib.cuda.calls import (
     ELEMENT_BYTES,
     KINDS,
     LAYOUTS,
+    check_alignment,
     check_capacity,
     check_handle,
     check_routing,
@@ -27,7 +28,7 @@ from commlib.errors import CapacityError, ConfigError
 from commlib.executor import DispatchCall
 from commlib.handle import Dispatched, Handle
 from commlib.launch_plan import dispatch_slot
-from commlib.layout import Layout, format_bytes, num_scales
+from commlib.layout import Layout, format_bytes, most_rows, num_scales
 
 __all__ = ["DispatchOps"]
 
@@ -271,15 +272,13 @@ class DispatchOps:
             return "grouped", alignment, check_capacity(call.capacity) or most
         if call.regime != "throughput":
             raise ConfigError(f'regime={call.regime!r} is not "throughput" or "latency"')
-        alignment = config.expert_alignment if call.expert_alignment is None else call.expert_alignment
-        if not isinstance(alignment, int) or not 1 <= alignment < 2**31:
-            raise ConfigError(f"expert_alignment={alignment!r} is not an integer in 1..2^31-1")
+        alignment = check_alignment(call.expert_alignment, config, num_bits=31)
         if layout not in LAYOUTS:
             raise ConfigError(f'layout={layout!r} is not "grouped" or "rows"')
         # Rows are numbered in 32 bits.
         experts = config.num_experts // self._queue.num_ranks
-        slots = self._queue.num_ranks * config.max_tokens * min(config.num_topk, experts)
-        if (most := slots + experts * (alignment - 1)) >= 2**31:
+        most = most_rows(self._queue.num_ranks * config.max_tokens, config.num_topk, experts, alignment)
+        if most >= 2**31:
             raise ConfigError(
                 f"expert_alignment={alignment}: num_ranks={self._queue.num_ranks} x max_tokens={config.max_tokens} "
                 f"tokens and {experts} local experts may need {most} rows, the limit is 2^31-1"

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from commlib.cuda.compile import compile_unit, default_cache
-from commlib.cuda.driver import Kernel, KernelArguments, bind_context, load_kernels
+from commlib.cuda.driver import Kernel
 from commlib.cuda.params import GateCall
+from commlib.cuda.units import launch_on, load_on
 from commlib.errors import ConfigError
 from commlib.routing import GateConfig, GateOutput
 
@@ -25,9 +25,7 @@ _THREADS = {"gate_8": 1024, "gate_16": 512, "gate_32": 256}
 def load_gate(device_index: int) -> dict[str, Kernel]:
     """The kernels on a device. Runtimes load them at construction: later the driver might wait for a kernel that waits
     for a peer."""
-    with torch.cuda.device(device_index):
-        torch.cuda.current_stream().synchronize()  # makes the context
-        return load_kernels(compile_unit("gate", default_cache())[0], dict.fromkeys(_THREADS, 0))
+    return load_on(device_index, {"gate": dict.fromkeys(_THREADS, 0)})
 
 
 @cache
@@ -116,10 +114,7 @@ def _launch(logits: Any, config: GateConfig, bias: Any, num_sms: int | None) -> 
     threads = _THREADS[name]
     most = num_sms or torch.cuda.get_device_properties(device).multi_processor_count
     blocks = min(most, -(-num_tokens // (threads // 32)))
-    with torch.cuda.device(device):
-        bind_context(device.index)
-        stream = torch.cuda.current_stream().cuda_stream
-        load_gate(device.index)[name].launch(stream, blocks, threads, 0, KernelArguments(call))
+    launch_on(device.index, load_gate(device.index)[name], blocks, threads, 0, call)
     return idx, weights, scores
 
 

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 
 from commlib.config import RuntimeConfig
-from commlib.cuda.compile import compile_unit, default_cache
 from commlib.cuda.dispatch_layout import load_layout
-from commlib.cuda.driver import Kernel, load_kernels
+from commlib.cuda.driver import Kernel
 from commlib.cuda.gate import load_gate
 from commlib.cuda.launch import MAX_SHARED_BYTES
 from commlib.cuda.memory import Regions
 from commlib.cuda.params import WORKSPACE_BYTES, FaultNote, HostResult, Mesh, Workspace, sizeof
+from commlib.cuda.units import load_units
 from commlib.layout import align_up
 
 __all__ = ["EXCHANGE_THREADS", "Buffers", "load_executor_kernels", "make_mesh"]
@@ -37,11 +37,7 @@ def load_executor_kernels(*, has_latency: bool, has_tiers: bool) -> dict[str, Ke
     load_layout(torch.cuda.current_device())
     if has_latency:
         wanted |= {name: {name: MAX_SHARED_BYTES} for name in ("latency_dispatch", "latency_combine")}
-    kernels: dict[str, Kernel] = {}
-    for unit, names in wanted.items():
-        cubin, _ = compile_unit(unit, default_cache())
-        kernels.update(load_kernels(cubin, names))
-    return kernels
+    return load_units(wanted)
 
 
 class Buffers:

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from commlib.cuda.calls import aligned
-from commlib.cuda.compile import compile_unit, default_cache
-from commlib.cuda.driver import Kernel, KernelArguments, bind_context, load_kernels
+from commlib.cuda.driver import Kernel
 from commlib.cuda.quant_params import (
     CastE5m6Call,
     CastRowsCall,
@@ -26,6 +25,7 @@ from commlib.cuda.quant_params import (
     SwigluCall,
     UncastE5m6Call,
 )
+from commlib.cuda.units import launch_on, load_on
 from commlib.errors import ConfigError
 from commlib.layout import SCALE_BLOCK
 from commlib.quant import Fp8Rows
@@ -201,12 +201,7 @@ def _load(device_index: int) -> dict[str, Kernel]:
         "e5m6": ("cast_e5m6", "uncast_e5m6"),
         "swiglu": ("swiglu_cast", "swiglu_again", "swiglu_backward"),
     }
-    with torch.cuda.device(device_index):
-        torch.cuda.current_stream().synchronize()  # makes the context
-        kernels: dict[str, Kernel] = {}
-        for unit, each in names.items():
-            kernels |= load_kernels(compile_unit(unit, default_cache())[0], dict.fromkeys(each, 0))
-        return kernels
+    return load_on(device_index, {unit: dict.fromkeys(each, 0) for unit, each in names.items()})
 
 
 def _launch_rows(name: str, call: Any, rows: Tensor, num_sms: int | None) -> None:
@@ -219,10 +214,7 @@ def _launch(name: str, call: Any, device: torch.device, blocks: int, threads: in
     # Two blocks of a multiprocessor hide each other's loads.
     most = 2 * (num_sms or torch.cuda.get_device_properties(device).multi_processor_count)
     index = torch.cuda.current_device() if device.index is None else device.index
-    with torch.cuda.device(index):
-        bind_context(index)
-        stream = torch.cuda.current_stream().cuda_stream
-        _load(index)[name].launch(stream, min(most, blocks), threads, 0, KernelArguments(call))
+    launch_on(index, _load(index)[name], min(most, blocks), threads, 0, call)
 
 
 def _pointers(rows: Fp8Rows) -> Fp8Pointers:

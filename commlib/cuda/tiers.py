@@ -93,6 +93,11 @@ class Tiers:
         return b""
 
     @property
+    def has_device_rings(self) -> bool:
+        """Whether rings lie in GPU memory."""
+        return self._rings is not None
+
+    @property
     def num_nodes(self) -> int:
         return self.topology.num_nodes
 

@@ -61,6 +61,16 @@ inline int run_peer(const StreamShape& shape, const NodeMaker& make) {
   return 0;
 }
 
+// Streams from `node` to rank 1 until all is acknowledged or `patience_s` have passed: the seconds
+// it took, a negative number if it is not.
+inline double stream_to_peer(Node& node, double patience_s) {
+  Stream stream(node, 1, true, false);
+  const auto start = Clock::now();
+  bool is_complete = false;
+  while (!is_complete && seconds_since(start) < patience_s) is_complete = stream.step();
+  return is_complete ? seconds_since(start) : -1;
+}
+
 // Runs /proc/self/exe with these arguments.
 class PeerProcess {
  public:
@@ -106,6 +116,18 @@ class PeerProcess {
   void connect(Node& node) {
     node.transport->connect(1, read_blob(in_));
     write_blob(out_, node.transport->address());
+  }
+  // After a stream: words that the peer found wrong.
+  uint64_t bad_words() {
+    uint64_t count = 1;
+    read_all(in_, &count, sizeof(count));
+    return count;
+  }
+  // Lets the peer end after a stream, with `node`; its exit status.
+  int end(Node& node) {
+    write_all(out_, "g", 1);
+    node.transport->shutdown(2.0);
+    return wait();
   }
   int in() const { return in_; }
   int out() const { return out_; }

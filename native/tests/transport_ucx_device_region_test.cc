@@ -38,22 +38,14 @@ TEST_CASE("processes: every word is there when the signal is") {
   PeerProcess peer({"--peer"});
   Node node(0, kShape, make_node_transport);
   peer.connect(node);
-  Stream stream(node, 1, true, false);
-  const auto start = Clock::now();
-  bool is_complete = false;
-  while (!is_complete && seconds_since(start) < kPatience) is_complete = stream.step();
-  REQUIRE(is_complete);
+  REQUIRE(stream_to_peer(node, kPatience) >= 0);
   const std::string text = node.transport->describe();
   MESSAGE(text);
   CHECK(text.find("fence by flush, device memory taken for the host's") != std::string::npos);
   // No GPU has been here: nothing that a GPU's lane could be used for.
   CHECK(node.transport->device_reach(1) == DeviceReach::kUnseen);
-  uint64_t bad_words = 1;
-  read_all(peer.in(), &bad_words, sizeof(bad_words));
-  CHECK(bad_words == 0);
-  write_all(peer.out(), "g", 1);
-  node.transport->shutdown(2.0);
-  CHECK(peer.wait() == 0);
+  CHECK(peer.bad_words() == 0);
+  CHECK(peer.end(node) == 0);
 }
 
 TEST_CASE("a stopped peer holds up the signals to it alone") {

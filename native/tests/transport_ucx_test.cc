@@ -52,22 +52,14 @@ void check_processes(const char* tls, const char* shape_name, const StreamShape&
   PeerProcess peer({"--peer", shape_name});
   Node node(0, shape, make_node_transport);
   peer.connect(node);
-  Stream stream(node, 1, true, false);
-  const auto start = Clock::now();
-  bool is_complete = false;
-  while (!is_complete && seconds_since(start) < kPatience) is_complete = stream.step();
-  const double seconds = seconds_since(start);
-  REQUIRE(is_complete);
+  const double seconds = stream_to_peer(node, kPatience);
+  REQUIRE(seconds >= 0);
   MESSAGE(node.transport->describe(), ": ",
           static_cast<double>(shape.messages * shape.slot_bytes) / seconds / 1e9, " GB/s");
-  uint64_t bad_words = 1;
-  read_all(peer.in(), &bad_words, sizeof(bad_words));
-  CHECK(bad_words == 0);
+  CHECK(peer.bad_words() == 0);
   CHECK(node.tokens.each_once(shape.messages));
   CHECK_FALSE(node.transport->take_fault().has_value());
-  write_all(peer.out(), "g", 1);
-  node.transport->shutdown(2.0);
-  CHECK(peer.wait() == 0);
+  CHECK(peer.end(node) == 0);
 }
 
 TEST_CASE("processes, tcp, 7 KB") { check_processes(kTcp, "small", kSmall); }

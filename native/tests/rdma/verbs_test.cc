@@ -65,19 +65,11 @@ TEST_CASE("processes, both ways of signalling") {
     PeerProcess peer = start_peer("small");
     Node node(0, kSmall, maker(by_immediate));
     peer.connect(node);
-    Stream stream(node, 1, true, false);
-    const auto start = Clock::now();
-    bool is_complete = false;
-    while (!is_complete && seconds_since(start) < kPatience) is_complete = stream.step();
-    REQUIRE(is_complete);
-    uint64_t bad_words = 1;
-    read_all(peer.in(), &bad_words, sizeof(bad_words));
-    CHECK(bad_words == 0);
+    REQUIRE(stream_to_peer(node, kPatience) >= 0);
+    CHECK(peer.bad_words() == 0);
     CHECK(node.tokens.each_once(kSmall.messages));
     check_no_fault(node);
-    write_all(peer.out(), "g", 1);
-    node.transport->shutdown(2.0);
-    CHECK(peer.wait() == 0);
+    CHECK(peer.end(node) == 0);
   }
 }
 

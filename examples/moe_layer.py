@@ -9,7 +9,9 @@ same layer computed densely: every expert on every token, no communication.
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -94,6 +96,7 @@ class MoELayer(nn.Module):
         bias: FP32 [num_experts], added to the scores to choose experts, never to weigh them; moved by the load, not by
             gradients.
         load: int64 [num_experts], tokens per expert over all ranks of the runtime since somebody set it to zero.
+        choose: `routing.gate`, or what a comparison of runs puts in its place.
     """
 
     bias: Tensor
@@ -111,12 +114,13 @@ class MoELayer(nn.Module):
         super().__init__()
         num_local = gate.num_experts // runtime.num_ranks
         self.gate_config = gate
-        cast = "pow2" if is_fp8 else None
-        self.exchange = overlap.Exchange(runtime=runtime, fp8=cast, grad_fp8=cast, keep_fp8=is_fp8)
+        self.choose: Callable[[Tensor, routing.GateConfig, Tensor], routing.GateOutput] = routing.gate
+        self.exchange = overlap.Exchange(runtime=runtime)
         self.router = Linear(hidden, gate.num_experts)
         self.shared = SwiGLU(hidden, width * num_shared)
         alignment = runtime.config.expert_alignment
-        self.experts = RoutedExperts(hidden, width, runtime.rank * num_local, num_local, alignment, is_fp8=is_fp8)
+        self.experts = RoutedExperts(hidden, width, runtime.rank * num_local, num_local, alignment)
+        self.use_fp8(is_fp8)
         self.register_buffer("bias", torch.zeros(gate.num_experts))
         self.load = torch.zeros(gate.num_experts, dtype=torch.int64, device="cpu")
 
@@ -125,10 +129,16 @@ class MoELayer(nn.Module):
         out, scores = overlap.run_layer(self, x)
         return out, scores
 
+    def use_fp8(self, is_fp8: bool) -> None:
+        """From now on: rows travel to the routed experts in FP8, as do gradients, and are multiplied in FP8, or not."""
+        cast = "pow2" if is_fp8 else None
+        self.exchange = dataclasses.replace(self.exchange, fp8=cast, grad_fp8=cast, keep_fp8=is_fp8)
+        self.experts.is_fp8 = is_fp8
+
     def attention(self, *state: Tensor) -> overlap.Attended:
         """What comes before the experts of other ranks: the gate's choice, the shared expert."""
         (x,) = state
-        chosen = routing.gate(self.router(x.float()), self.gate_config, self.bias)
+        chosen = self.choose(self.router(x.float()), self.gate_config, self.bias)
         return overlap.Attended(x, chosen.topk_idx, chosen.topk_weights, (self.shared(x), chosen.scores))
 
     def mlp(self, received: Dispatched) -> Tensor:

@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -26,6 +24,8 @@ import commlib
 from commlib import bootstrap, overlap, routing
 from commlib.testing.torch_exchange import TorchExchange
 from commlib.trace import overlap_of
+from examples.choices import Choices
+from examples.measuring import Stopwatch, gathered, relative_error, slowest_median
 from examples.moe_layer import MoELayer
 from examples.overlap_figures.occupied import occupied
 from examples.overlap_figures.recorded import Recording, Replay
@@ -71,25 +71,14 @@ def parse_arguments() -> argparse.Namespace:
 
 
 class ResidualLayer:
-    """h -> h + shared(h) + routed(h), in the form that schedules take.
-
-    Attributes:
-        choices: experts of each token, when it was called last. With `are_choices_fixed` they are not chosen anew: a
-            rounding in the layer before would change some of them, and with them whole rows of gradients.
-    """
-
-    choices: Tensor
+    """h -> h + shared(h) + routed(h), in the form that schedules take."""
 
     def __init__(self, layer: MoELayer, exchange: overlap.Exchange) -> None:
-        self._layer, self.exchange, self.are_choices_fixed = layer, exchange, False
+        self._layer, self.exchange = layer, exchange
 
     def attention(self, *state: Tensor) -> overlap.Attended:
         attended = self._layer.attention(*state)
-        shared, scores = attended.kept
-        if self.are_choices_fixed:
-            weights = routing.weigh_experts(scores, self.choices, self._layer.gate_config)
-            attended = attended._replace(topk_idx=self.choices, topk_weights=weights)
-        self.choices = attended.topk_idx
+        shared, _ = attended.kept
         return attended._replace(kept=(state[0], shared))
 
     def mlp(self, received: Any) -> Tensor:
@@ -125,7 +114,9 @@ class Figures:
         in_turn = (overlap.forward(count, 0), overlap.backward(count, 1))
         beside = (overlap.forward_backward(count, count),)
         real, recorded = self._layers(self._runtime), self._layers(*self._recordings)
-        self._expected = self._gradients(lambda: self._by_schedule(recorded, in_turn))
+        choices = Choices(self._modules)
+        with choices.noted():
+            self._expected = self._gradients(lambda: self._by_schedule(recorded, in_turn))
         replayed = self._layers(*(Replay(each) for each in self._recordings))
         self._show("overlapped", self._measure(lambda: self._by_schedule(real, beside)))
         self._show("in turn", self._measure(lambda: self._by_schedule(real, in_turn)))
@@ -138,8 +129,8 @@ class Figures:
             print(f"communication that no computation covers: {exposed:.1%} of the overlapped step", flush=True)
         if not self._arguments.fp8:
             exchange = TorchExchange(None, self._arguments.experts, 128)
-            choices = [layer.choices for layer in recorded]
-            self._show("torch", self._measure(lambda: self._by_torch(exchange, choices), is_exact=False))
+            with choices.repeated():
+                self._show("torch", self._measure(lambda: self._by_torch(exchange), is_exact=False))
 
     def _show(self, name: str, seconds: float) -> None:
         """At once: what follows may fail."""
@@ -172,10 +163,8 @@ class Figures:
             self._x.grad = behind.take_input_grads()[0]
             behind = ahead
 
-    def _by_torch(self, exchange: TorchExchange, choices: list[Tensor]) -> Iterator[None]:
+    def _by_torch(self, exchange: TorchExchange) -> Iterator[None]:
         layers = self._layers(self._runtime)
-        for layer, each in zip(layers, choices, strict=True):
-            layer.choices, layer.are_choices_fixed = each, True
 
         def forward() -> Tensor:
             state: overlap.State = (self._x,)
@@ -213,7 +202,7 @@ class Figures:
             if is_exact:
                 assert torch.equal(grad, expected), name
             else:
-                error = float((grad.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30))
+                error = relative_error(grad, expected)
                 assert error < 0.02, f"{name}: {error}"
 
     def _measure(
@@ -228,31 +217,15 @@ class Figures:
         steps = way()
         next(steps)
         next(steps)
-        times = []
+        watch, times = Stopwatch(self._arguments.device), []
         with around():
             for _ in range(self._arguments.iterations):
                 self._ranks.barrier(60)
-                with self._timed(times):
-                    next(steps)
-        slowest = [max(each) for each in zip(*self._gathered(times), strict=True)]
-        return sorted(slowest)[len(slowest) // 2]
-
-    @contextmanager
-    def _timed(self, times: list[float]) -> Iterator[None]:
-        if self._arguments.device == "cpu":
-            begin = time.perf_counter()
-            yield
-            times.append(time.perf_counter() - begin)
-            return
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        yield
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-
-    def _gathered(self, values: list[float]) -> list[list[float]]:
-        return [json.loads(blob) for blob in self._ranks.allgather(json.dumps(values).encode(), timeout_s=60)]
+                watch.mark()
+                next(steps)
+                watch.mark()
+                times += watch.take()
+        return slowest_median(self._ranks, times)
 
     def _exposed_share(self, layers: list[ResidualLayer], schedules: Schedules) -> float:
         """Of the step: communication outside of computation, mean over ranks."""
@@ -266,7 +239,7 @@ class Figures:
         spans = self._runtime.take_trace()
         found = overlap_of(spans)
         step_s = sum(each.end_s - each.begin_s for each in spans if each.lane == "step")
-        shares = self._gathered([(found.communication_s - found.hidden_s) / step_s])
+        shares = gathered(self._ranks, [(found.communication_s - found.hidden_s) / step_s])
         return sum(each[0] for each in shares) / len(shares)
 
 

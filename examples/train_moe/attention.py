@@ -49,6 +49,7 @@ class MLA(nn.Module):
         heads, nope, rope, v = config.num_heads, config.nope_dim, config.rope_dim, config.v_dim
         self.num_heads, self.nope_dim, self.rope_dim, self.v_dim = heads, nope, rope, v
         self.kv_rank = config.kv_rank
+        self.is_bf16 = config.bf16_attention
         self.q_down = Linear(config.hidden, config.q_rank)
         self.q_norm = RMSNorm(config.q_rank)
         self.q_up = Linear(config.q_rank, heads * (nope + rope))
@@ -69,9 +70,16 @@ class MLA(nn.Module):
 
         q = torch.cat([q_nope, rotate(q_rope)], dim=-1)
         k = torch.cat([k_nope, k_rope], dim=-1)
-        attended = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True).to(x.dtype)
-        y: Tensor = self.out(attended.transpose(1, 2).flatten(2))
+        y: Tensor = self.out(self._attend(q, k, v).transpose(1, 2).flatten(2))
         return y
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """[batch, heads, seq, nope + rope] twice, and [batch, heads, seq, v], which is also the result's shape."""
+        if not self.is_bf16:
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True).to(v.dtype)
+        if self.v_dim < q.shape[-1]:  # flash attention wants one width for all three
+            v = F.pad(v, (0, q.shape[-1] - self.v_dim))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)[..., : self.v_dim]
 
     def _heads(self, x: Tensor) -> Tensor:
         """[batch, seq, heads * dim] -> [batch, heads, seq, dim]."""

@@ -22,6 +22,7 @@ class ModelConfig:
         q_rank, kv_rank: widths of the compressed queries and of the compressed keys and values.
         nope_dim, rope_dim: per head, the part of queries and keys without and with rotary position.
         v_dim: per head, width of the values.
+        bf16_attention: attention's dot products take the compute dtype, too, which is what GPUs have fast kernels for.
         num_experts, num_topk: routed experts over all ranks, and how many of them a token takes.
         num_groups, max_groups: expert groups, and from how many of them one token may choose ("node-limited"). Make
             `num_groups` the number of nodes of the machine you train for.
@@ -43,6 +44,7 @@ class ModelConfig:
     nope_dim: int = 16
     rope_dim: int = 16
     v_dim: int = 32
+    bf16_attention: bool = False
     num_experts: int = 16
     num_topk: int = 4
     num_groups: int = 4
@@ -100,8 +102,9 @@ class TrainConfig:
             hundred steps has to move the bias faster to cover the same distance.
         balance_alpha: factor of the sequence-wise balance loss.
         mtp_lambda: factor of the multi-token-prediction loss.
-        ema_decay: of the averaged weights, per step.
+        ema_decay: of the averaged weights, per step; 0: none are kept.
         seed: of the initial weights and of the data order.
+        draw_on_device: initial weights are drawn on the GPU: other numbers than on CPUs, which take minutes for 10^9.
     """
 
     steps: int = 240
@@ -119,6 +122,7 @@ class TrainConfig:
     mtp_lambda: float = 0.3
     ema_decay: float = 0.98
     seed: int = 1
+    draw_on_device: bool = False
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -136,6 +140,7 @@ class ParallelConfig:
         overlap: "none"; "batches": two micro-batches in flight within each layer; "pairs": each micro-batch's forward
             pass beside the backward pass of the one before. The gradients are the same, bit for bit.
         exchange: "commlib"; "torch": permutations and all-to-all of torch.distributed in its place, for comparison.
+        num_sms: multiprocessors of a GPU that commlib's kernels take.
     """
 
     ep_ranks: int = 0
@@ -143,6 +148,7 @@ class ParallelConfig:
     micro_batches: int = 1
     overlap: str = "none"
     exchange: str = "commlib"
+    num_sms: int = 24
 
     def __post_init__(self) -> None:
         if self.overlap not in ("none", "batches", "pairs"):

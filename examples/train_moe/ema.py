@@ -17,11 +17,12 @@ class Ema:
 
     Weights stand still from one optimizer step to the next, so the thread reads them during the forward and backward
     pass, without a copy. Of sharded parameters each rank averages its part. The contract: `update()` after an optimizer
-    step, `wait()` before the next one.
+    step, `wait()` before the next one. Nothing is kept where `decay` is 0: the average is the weights.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], decay: float) -> None:
-        self._parts = {name: local(parameter.detach()) for name, parameter in parameters.items()}
+        averaged = parameters if decay else {}
+        self._parts = {name: local(parameter.detach()) for name, parameter in averaged.items()}
         self._decay = decay
         self.average = {name: part.to("cpu", torch.float32, copy=True) for name, part in self._parts.items()}
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ema")

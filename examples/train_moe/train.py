@@ -97,17 +97,19 @@ class Trainer:
                 num_topk=model_config.num_topk,
                 max_tokens=local_batch * config.seq_len,
                 expert_alignment=model_config.expert_alignment,
+                num_sms=parallel.num_sms,
             ),
             device=device,
         )
-        self.model = Transformer(model_config, self.runtime, compute_dtype).to(device)
+        with torch.device(device):
+            self.model = Transformer(model_config, self.runtime, compute_dtype)
         if parallel.exchange == "torch":
             if model_config.fp8_experts:
                 raise ValueError("exchange=torch moves no FP8 rows")
             alignment = model_config.expert_alignment
             exchange = TorchExchange(self.grid.row_group(), model_config.num_experts, alignment)
             self.model.run_layer = partial(run_layer_with_torch, exchange)
-        initialise(self.model, config.seed)
+        initialise(self.model, config.seed, on_device=config.draw_on_device)
         self._sharded_units = shard_dense(self.model, self.grid.mesh) if parallel.shard_dense else []
         self.first_expert = expert_parameters(self.model)
         self.parameters: dict[str, Tensor] = dict(self.model.named_parameters())
@@ -132,7 +134,7 @@ class Trainer:
     def _step(self) -> StepReport:
         started = time.perf_counter()
         self._take_load()
-        losses = self._add_gradients()
+        losses = self.add_gradients()
         norm = self._reduce_and_clip()
 
         step = self.optimizer.num_steps
@@ -149,8 +151,8 @@ class Trainer:
         main, mtp, balance = means.tolist()
         return StepReport(step, main, mtp, balance, norm, time.perf_counter() - started, load)
 
-    def _add_gradients(self) -> list[Losses]:
-        """Forward and backward passes on the next batch."""
+    def add_gradients(self) -> list[Losses]:
+        """Forward and backward passes on the next batch; gradients are those of this rank, not yet summed."""
         count = self.parallel.micro_batches
         batches = self.batches.next().to(self.grid.device).chunk(count)
         for parameter in self.parameters.values():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterator
@@ -149,9 +150,11 @@ class TestAttention:
             torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal))
         assert not torch.allclose(scores[0, 0], scores[5, 0])
 
-    def test_matches_attention_written_out(self) -> None:
+    @pytest.mark.parametrize("bf16_attention", [False, True])
+    def test_matches_attention_written_out(self, bf16_attention: bool) -> None:
+        """All in FP32, which is what FP32 rows are attended to in either way."""
         torch.manual_seed(0)
-        mla = MLA(self.CONFIG)
+        mla = MLA(dataclasses.replace(self.CONFIG, bf16_attention=bf16_attention))
         x = torch.randn(1, 6, 32)
         q = mla.q_up(mla.q_norm(mla.q_down(x))).view(6, 2, 12)
         down = mla.kv_down(x)
@@ -284,6 +287,16 @@ class TestEma:
         with ema.applied():
             assert parameter.tolist() == [1.5] * 3
         assert parameter.tolist() == [2.0] * 3
+        ema.close()
+
+    def test_without_decay_nothing_is_kept(self) -> None:
+        parameter = nn.Parameter(torch.ones(3))
+        ema = Ema({"p": parameter}, decay=0.0)
+        parameter.data.fill_(2.0)
+        ema.update()
+        assert not ema.average
+        with ema.applied():
+            assert parameter.tolist() == [2.0] * 3
         ema.close()
 
     def test_errors_of_the_thread_come_out_of_wait(self) -> None:

@@ -12,6 +12,7 @@ import train_moe_job
 from train_moe_runs import assert_same_state, assert_same_step, assert_same_to_rounding, read
 
 from commlib.testing.spawn import check_ranks
+from examples.train_moe import compare_dispatch
 
 pytestmark = pytest.mark.multirank
 
@@ -93,6 +94,30 @@ def test_overlap_figures_compare_all_ways(options: list[str]) -> None:
     for way in ways:
         assert re.search(rf"^{way} +[0-9.]+ ms +[0-9.]+ x overlapped$", done.stdout, re.MULTILINE), done.stdout
     assert re.search(r"covers: [0-9.]+% of the overlapped step", done.stdout), done.stdout
+
+
+def test_compare_dispatch_shows_all_ways() -> None:
+    """Losses and gradients are compared inside; here that every way has its line."""
+    command = ["-m", "examples.train_moe.compare_dispatch", "--tokens", "32", "--turns", "1"]
+    done = subprocess.run(
+        [ROOT / "launch" / "mpirun", "-n", "2", sys.executable, *command],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for way in compare_dispatch.WAYS:
+        line = rf"^{way.name} +[0-9.]+ +[0-9,]+ +[0-9.]+ +[0-9.]+ +[0-9.]+$"
+        assert re.search(line, done.stdout, re.MULTILINE), done.stdout
+    # Sums of four rows in another order: were nothing different, the ways would be one and the same.
+    found = re.search(rf"^{compare_dispatch.TORCH.name}: within ([0-9.e-]+) of", done.stdout, re.MULTILINE)
+    assert found and float(found[1]) > 0, done.stdout
+
+
+@pytest.mark.parametrize("way", ["torch", "overlapped"])
+def test_compare_dispatch_notices_wrong_gradients(way: str) -> None:
+    check_ranks("train_moe_job:compared_with_wrong_gradients", 2, args=[way], timeout_s=60)
 
 
 @pytest.mark.parametrize("script", ["dispatch_combine.py", "moe_layer.py", "fp8_activations.py"])

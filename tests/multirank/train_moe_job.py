@@ -7,13 +7,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from commlib import bootstrap
-from examples.train_moe import checkpoint
+from commlib.testing import torch_exchange
+from examples.train_moe import checkpoint, compare_dispatch
 from examples.train_moe.config import ModelConfig, ParallelConfig, TrainConfig
 from examples.train_moe.data import held_out_windows
 from examples.train_moe.parallel import as_global, by_expert, connect
@@ -117,6 +119,31 @@ def ways(out: str) -> None:
                         _write(trainer, reports, Path(out) / f"{kind}-{ranks.size}-{ranks.rank}.pt")
                 for name, tensor in state.items():
                     assert torch.equal(tensor, expected[name]), f"{kind}, {way}: {name}"
+
+
+def compared_with_wrong_gradients(name: str) -> None:
+    """Where one way has a wrong gradient, compare_dispatch measures nothing: torch's all-to-all brings gradients home
+    5% too large, or one gradient of the overlapped way is off by its last bit.
+    """
+    way = {"torch": compare_dispatch.TORCH, "overlapped": compare_dispatch.BF16_OVERLAPPED}[name]
+    whole, back = compare_dispatch.Comparison._results, torch_exchange._AllToAll.backward
+
+    def off_by_a_bit(comparison: compare_dispatch.Comparison, each: compare_dispatch.Way) -> dict[str, Tensor]:
+        found = whole(comparison, each)
+        if each == way:
+            gradient = found["blocks.0.ffn.experts.up"].view(-1)
+            place = gradient.abs().argmax()
+            gradient[place] = torch.nextafter(gradient[place], torch.zeros(()))
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        if name == "torch":
+            patch.setattr(torch_exchange._AllToAll, "backward", staticmethod(lambda ctx, grad: back(ctx, 1.05 * grad)))
+        else:
+            patch.setattr(compare_dispatch.Comparison, "_results", off_by_a_bit)
+        patch.setattr(compare_dispatch.Comparison, "measure", lambda comparison: pytest.fail("nothing was noticed"))
+        with pytest.raises(AssertionError, match=f"{way.name}, against {compare_dispatch.BF16.name}"):
+            compare_dispatch.main(["--tokens", "32"])
 
 
 def saved_in_background(out: str) -> None:

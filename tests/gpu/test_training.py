@@ -9,6 +9,7 @@ import torch
 from multirank.train_moe_runs import assert_same_to_rounding, read
 
 from commlib.testing.spawn import check_ranks
+from examples.train_moe import compare_dispatch
 
 pytestmark = pytest.mark.gpu
 
@@ -28,3 +29,12 @@ def test_half_the_ranks_go_on_from_a_checkpoint(num_ranks: int, tmp_path: Path) 
     for size in (num_ranks, num_ranks // 2):
         check_ranks("multirank.train_moe_job:resumed", size, args=[str(folder), "cuda"])
         assert_same_to_rounding(read(folder, "resumed", size), straight, first_step=3)
+
+
+def test_whole_steps_are_compared() -> None:
+    """Of what is measured on GPUs, a small one: gradients of all ways are compared inside."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("2 ranks want as many GPUs")
+    results = check_ranks("multirank.train_moe_job:compared", 2, args=["cuda"], timeout_s=240)
+    for way in compare_dispatch.WAYS:
+        assert f"\n{way.name} " in results[0].stdout, results[0].stdout

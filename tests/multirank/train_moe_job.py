@@ -121,6 +121,11 @@ def ways(out: str) -> None:
                     assert torch.equal(tensor, expected[name]), f"{kind}, {way}: {name}"
 
 
+def compared(device: str) -> None:
+    """All ways of compare_dispatch, with heads whose values are narrower than their keys."""
+    compare_dispatch.main(["--device", device, "--tokens", "64", "--v-dim", "16", "--turns", "1"])
+
+
 def compared_with_wrong_gradients(name: str) -> None:
     """Where one way has a wrong gradient, compare_dispatch measures nothing: torch's all-to-all brings gradients home
     5% too large, or one gradient of the overlapped way is off by its last bit.

@@ -97,7 +97,10 @@ def parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=default, help=meaning or " ")
     parser.add_argument("--overlap", choices=("batches", "pairs"), default="batches", help="of the overlapped ways")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    return parser.parse_args(words)
+    arguments = parser.parse_args(words)
+    if arguments.tokens % arguments.sequences or arguments.micro_batches % 2:
+        parser.error("sequences divide tokens, and micro-batches are an even number")
+    return arguments
 
 
 ATTENTION = ("q-rank", "kv-rank", "nope-dim", "rope-dim", "v-dim")

@@ -1,5 +1,4 @@
 // Bad input, disagreement, lack of memory: all ranks learn of it in the same call and go on.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include <cstring>

@@ -1,5 +1,4 @@
 // Set-up, the queue, closing, and several Runtimes in one process.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 #include <sys/wait.h>
 #include <unistd.h>

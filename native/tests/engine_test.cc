@@ -1,6 +1,5 @@
 // Dispatch and combine end to end in the native core: ranks are threads, scale-out is the loopback
 // provider. The expected rows are written down naively here, in the order of docs/design.md.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include "tests/engine_group.hpp"

@@ -1,5 +1,4 @@
 // Values: order of summation, payload dtypes, layouts, FP8, bit by bit against the oracle.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include <cstring>

@@ -1,7 +1,6 @@
 // A Fabric without an executor: what kernels do with its DeviceFabric, done by threads.
 #include "proxy/fabric.hpp"
 
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 #include <sys/wait.h>
 #include <unistd.h>

@@ -1,5 +1,4 @@
 // Roles that stand still, one by one: who notices, what the record says, and what comes after.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include <future>

@@ -1,6 +1,5 @@
 // Every kind of injected fault ends in the right result or in the right exception, through the
 // whole engine.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include "tests/faulty_transport.hpp"
 
 #include <doctest/doctest.h>

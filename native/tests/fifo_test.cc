@@ -1,5 +1,4 @@
 // Command encoding and the command FIFO, alone and between two threads.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include "channel/fifo.hpp"
 
 #include <doctest/doctest.h>

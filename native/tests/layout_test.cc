@@ -1,5 +1,4 @@
 // Records, slots, groups and rails.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include <algorithm>

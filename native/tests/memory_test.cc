@@ -1,5 +1,4 @@
 // Heap, arena and slabs.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <dirent.h>
 #include <doctest/doctest.h>
 #include <signal.h>

@@ -1,6 +1,5 @@
 // Heartbeats, and how faults are judged and spread, over a transport that writes down what it is
 // told.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include <algorithm>

@@ -1,5 +1,4 @@
 // Choice of network ports, on trees of plain files in place of sysfs.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include "transport/nic_select.hpp"
 
 #include <doctest/doctest.h>

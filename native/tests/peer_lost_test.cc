@@ -1,5 +1,4 @@
 // Ranks that die, stop or merely dawdle; and ends that come at a bad moment.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include "tests/fault_bed.hpp"

@@ -1,5 +1,4 @@
 // The proxy thread over a transport that writes down what it is told, and over the loopback.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include <algorithm>

@@ -1,5 +1,4 @@
 // The region tables: nothing overlaps, both ends agree, sizes follow from the partners alone.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include "memory/regions.hpp"
 
 #include <doctest/doctest.h>

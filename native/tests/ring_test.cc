@@ -1,5 +1,4 @@
 // Ring geometry, the two ends of a ring one by one, and both ends through two proxies.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include <cstring>

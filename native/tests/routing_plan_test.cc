@@ -1,5 +1,4 @@
 // The plan: from topk_idx to counts, rows, and where things land.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include "cpu/routing_plan.hpp"
 
 #include <doctest/doctest.h>

@@ -1,5 +1,4 @@
 // Arithmetic on rows: both builds of the kernels against each other and against plain loops.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include "cpu/rows.hpp"
 
 #include <doctest/doctest.h>

@@ -1,6 +1,5 @@
 // Regions of host and of device memory behind one range of offsets: loopback and faults on top of
 // it. The device memory is another mapping of host memory.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include "tests/device_region.hpp"

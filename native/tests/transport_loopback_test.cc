@@ -1,6 +1,5 @@
 // Loopback and null providers. Runs under ThreadSanitizer too; `--seed-missing-release` is the
 // negative control that ThreadSanitizer has to report.
-#define DOCTEST_CONFIG_IMPLEMENT
 #include <doctest/doctest.h>
 
 #include <cstring>

@@ -1,5 +1,4 @@
 // Which provider a name means, on this machine.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include "tests/transport_stream.hpp"

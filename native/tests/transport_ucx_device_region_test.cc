@@ -1,6 +1,5 @@
 // UCX provider with a device region, which is another mapping of host memory here: UCX takes it for
 // what it is, everything else is as on a device.
-#define DOCTEST_CONFIG_IMPLEMENT
 #include <doctest/doctest.h>
 
 #include "tests/device_region.hpp"

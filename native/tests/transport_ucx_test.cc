@@ -1,6 +1,5 @@
 // UCX provider: between threads of this process, and against a second process (this program
 // started again with --peer) that can be stopped and killed.
-#define DOCTEST_CONFIG_IMPLEMENT
 #include <doctest/doctest.h>
 #include <malloc.h>
 #include <poll.h>

@@ -3,7 +3,6 @@
 //   verbs_test --nics rxe0 --peer-nics rxe1 [doctest options]
 //
 // Not one of ctest's: it needs a device.
-#define DOCTEST_CONFIG_IMPLEMENT
 #include <doctest/doctest.h>
 #include <linux/capability.h>
 #include <sys/resource.h>

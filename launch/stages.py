@@ -122,6 +122,7 @@ def native_tests(sanitizer: str = "") -> Counts:
         build,
         "--output-on-failure",
         "--no-tests=error",
+        *("-j", "2"),  # the longest ones mostly wait for time-outs
         "--output-junit",
         report,
     ]

@@ -9,11 +9,9 @@ from typing import Any
 
 import torch
 
-from commlib.config import RuntimeConfig
 from commlib.cuda.calls import (
     CASTS,
     DTYPES,
-    ELEMENT_BYTES,
     check_capacity,
     check_handle,
     check_routing,
@@ -21,7 +19,13 @@ from commlib.cuda.calls import (
     check_tensor,
 )
 from commlib.cuda.decode import check_decode, check_decode_rows, most_decode_rows
-from commlib.cuda.launch import LATENCY_WARPS, MAX_SHARED_BYTES, message_words, plan_latency
+from commlib.cuda.launch import (
+    LATENCY_COMBINE_WARPS,
+    LATENCY_WARPS,
+    choices_bytes,
+    plan_latency_combine,
+    plan_packets,
+)
 from commlib.cuda.operations import KernelCall
 from commlib.cuda.params import LatencyCombineCall, LatencyDispatchCall
 from commlib.errors import ConfigError
@@ -116,13 +120,11 @@ class LatencyOps:
         weights = torch.empty(capacity, dtype=torch.float32, device=queue.device)
         params = self._dispatch_params(x, topk_idx, topk_weights, handle, rows, out_scales, weights)
         params.alignment, params.cast, params.dtype, params.num_scales = alignment, CASTS[fp8], code, blocks
-        launch, _ = plan_latency(params.in_row_bytes, cast_element_bytes=ELEMENT_BYTES[code] if fp8 else 0)
-        params.piece_bytes, params.shared_offset = launch.piece_bytes, launch.shared_bytes
+        shared_bytes = self._cut_rows(params, is_cast=fp8 is not None)
         agreed = f"{code} {fp8} {alignment} {capacity}"
         params.agreed = zlib.crc32(agreed.encode())
         public = Handle(handle, Layout.GROUPED, queue.runtime_id)
         result = Dispatched(rows, out_scales, weights, None, None, handle.rows_per_expert, public)
-        shared_bytes = self._check_shared(launch.shared_bytes + self._block_bytes())
         inputs = (x, topk_idx, topk_weights)
         return PendingLatency("latency dispatch", queue.runtime_id, params, shared_bytes, result, inputs)
 
@@ -161,11 +163,9 @@ class LatencyOps:
         choices = torch.empty(0, config.num_topk, dtype=torch.int64, device=queue.device)
         row = torch.empty(1, config.hidden, dtype=torch.bfloat16, device=queue.device)
         params = self._dispatch_params(nothing, choices, None, handle, row, None, torch.empty_like(handle.state))
-        launch, _ = plan_latency(params.in_row_bytes)
         params.status, params.alignment, params.dtype = _REJECTED, 1, 1
         params.refused = 0  # it raises here
-        params.piece_bytes, params.shared_offset = launch.piece_bytes, launch.shared_bytes
-        shared_bytes = launch.shared_bytes + self._block_bytes()
+        shared_bytes = self._cut_rows(params, is_cast=False)
         pending = PendingLatency("latency dispatch", queue.runtime_id, params, shared_bytes, (row, handle))
         self._launch(pending, phases)
         if phases == _SEND:
@@ -182,14 +182,13 @@ class LatencyOps:
         per_expert, offset, state, owners, records = torch.split(words, sizes)
         return LatencyHandle(num_tokens, capacity, per_expert, offset, state, owners, records)
 
-    def _block_bytes(self) -> int:
-        """What the block shares: Choices, then Places in native/cuda/latency_dispatch.cu."""
-        config: RuntimeConfig = self._queue.config
-        ranks: int = self._queue.num_ranks
-        experts, local = config.num_experts, config.num_experts // ranks
-        words = -(-self._max_tokens // 32)
-        places = ranks * message_words(self._max_tokens, experts) + experts + 2 * local + 1 + ranks * -(-local // 32)
-        return 4 * max(2 + experts * words, places)
+    def _cut_rows(self, params: LatencyDispatchCall, *, is_cast: bool) -> int:
+        """Fills in how rows are cut; dynamic shared memory of a block."""
+        config, packets = self._queue.config, plan_packets(params.in_row_bytes, is_cast=is_cast)
+        params.piece_bytes, params.part_bytes = packets.piece_bytes, packets.part_bytes
+        params.shared_offset = packets.shared_bytes
+        shared = choices_bytes(self._max_tokens, config.num_topk, config.num_experts, self._queue.num_ranks)
+        return packets.shared_bytes + shared
 
     # ---- combine
 
@@ -215,7 +214,7 @@ class LatencyOps:
             error, weights = caught, None
             y = torch.full((native.num_rows, config.hidden), torch.nan, dtype=torch.bfloat16, device=queue.device)
         out = torch.empty(native.num_tokens, config.hidden, dtype=torch.bfloat16, device=queue.device)
-        _, launch = plan_latency(2 * config.hidden)
+        launch = plan_latency_combine(2 * config.hidden)
         params = LatencyCombineCall(
             y=y.data_ptr(),
             weights=0 if weights is None else weights.data_ptr(),
@@ -255,7 +254,7 @@ class LatencyOps:
         The same on all ranks: readers wait for the parts that writers make.
         """
         queue, config = self._queue, self._queue.config
-        warps, pieces = queue.num_sms * LATENCY_WARPS, -(-2 * config.hidden // piece_bytes)
+        warps, pieces = queue.num_sms * LATENCY_COMBINE_WARPS, -(-2 * config.hidden // piece_bytes)
         rows = self._max_tokens * min(queue.num_ranks, config.num_topk)
         parts = max(1, min(pieces, warps // rows))
         return int(-(-pieces // parts) * piece_bytes)
@@ -288,18 +287,11 @@ class LatencyOps:
         if len(unfinished) >= _MAX_UNFINISHED:
             raise ConfigError(f"{_MAX_UNFINISHED} {kind} operations are without their second half; receive one first")
 
-    def _check_shared(self, shared_bytes: int) -> int:
-        if shared_bytes > MAX_SHARED_BYTES:
-            raise ConfigError(
-                f"decode_tokens={self._max_tokens} with num_experts={self._queue.config.num_experts} needs "
-                f"{shared_bytes} bytes of shared memory, a block has {MAX_SHARED_BYTES}"
-            )
-        return shared_bytes
-
     def _launch(self, pending: PendingLatency, phases: int) -> None:
         name = pending.kind.replace(" ", "_")
         pending.params.phases = phases
         queue = self._queue
         assert self._regions is not None
         structs = (queue.mesh, self._regions, pending.params)
-        queue.launch_latency(KernelCall(name, queue.num_sms, 32 * LATENCY_WARPS, pending.shared_bytes, *structs))
+        warps = LATENCY_WARPS if name == "latency_dispatch" else LATENCY_COMBINE_WARPS
+        queue.launch_latency(KernelCall(name, queue.num_sms, 32 * warps, pending.shared_bytes, *structs))

@@ -10,14 +10,20 @@ from commlib.errors import ConfigError
 from commlib.layout import SCALE_BLOCK, align_up
 
 __all__ = [
+    "LATENCY_COMBINE_WARPS",
     "LATENCY_WARPS",
+    "MAX_LATENCY_EXPERTS",
     "MAX_PARTS",
     "MAX_SHARED_BYTES",
     "Launch",
+    "Packets",
     "Tuning",
+    "choices_bytes",
+    "message_packets",
     "plan_combine",
     "plan_dispatch",
-    "plan_latency",
+    "plan_latency_combine",
+    "plan_packets",
     "plan_tier_combine",
     "push_limit_bytes",
     "settle_bytes",
@@ -26,10 +32,14 @@ __all__ = [
 MAX_SHARED_BYTES = 226 * 1024  # dynamic, of one block on compute capability 9.0; 1 KiB is left for static variables
 STAGES = 4  # kStages in native/cuda
 TIER_COMBINE_WARPS = 12  # of tier_combine.cu, which needs more registers than combine.cu
-LATENCY_WARPS = 12  # of a block in the latency regime: a part of a row each
-MAX_PARTS = 16  # of a row there, kMaxParts in native/cuda/latency.cuh
-_MESSAGE_HEAD_WORDS = 5  # MessageHead there
-RECORD_WORDS = 3  # RecordWord there
+LATENCY_WARPS = 16  # of a block in the latency regime's dispatch: a part of a row each
+LATENCY_COMBINE_WARPS = 12  # likewise, of its combine
+MAX_PARTS = 16  # of a partial row there, kMaxParts in native/cuda/latency.cuh
+MAX_LATENCY_EXPERTS = 4094  # kBadChoice in native/cuda/latency_choices.cuh
+_CHOICES_OF_PACKET = 8  # kTogetherChosen there
+_PACKET_PAYLOAD = 12  # kPacketPayload in native/cuda/packet.cuh
+_LATENCY_STAGES = 2  # PiecePipe::kStages in native/cuda/latency_row.cuh
+_MAX_LATENCY_PIECE = 2048  # of BF16, 8 blocks of 128 columns: one round of cast_piece_pow2
 _COUNT_WORDS = 16  # kCountWords in native/cuda/count.cuh
 _WARP_ALIGNMENT = 128  # RowPipe::kAlignment
 _MAX_COMBINE_PIECE = 7 * 512  # kVectors in native/cuda/combine.cu: what a warp sums in registers
@@ -136,27 +146,74 @@ def plan_tier_combine(row_bytes: int, element_bytes: int, tuning: Tuning) -> Lau
     return plan_combine(row_bytes, replace(tuning, combine_warps=warps), aside_bytes=aside_bytes)
 
 
-def plan_latency(row_bytes: int, *, cast_element_bytes: int = 0) -> tuple[Launch, Launch]:
-    """Dispatch and combine of the latency regime: a row is cut into parts, one piece each.
+def plan_latency_combine(row_bytes: int) -> Launch:
+    """Combine of the latency regime: a row is cut into parts, one piece each.
 
     Args:
         row_bytes: of a row of BF16.
-        cast_element_bytes: 2 if rows are cast to FP8 on the way, else 0.
 
     Raises:
         ConfigError: rows are no multiple of 16 bytes, or wider than `MAX_PARTS` parts.
     """
-    tuning = Tuning(dispatch_warps=LATENCY_WARPS, combine_warps=LATENCY_WARPS)
-    launches = plan_dispatch(row_bytes, tuning, cast_element_bytes=cast_element_bytes), plan_combine(row_bytes, tuning)
-    for launch in launches:
-        if row_bytes > MAX_PARTS * launch.piece_bytes:
-            raise ConfigError(f"rows of {row_bytes} bytes are too wide for the latency regime: {launch}")
-    return launches
+    launch = plan_combine(row_bytes, Tuning(combine_warps=LATENCY_COMBINE_WARPS))
+    if row_bytes > MAX_PARTS * launch.piece_bytes:
+        raise ConfigError(f"rows of {row_bytes} bytes are too wide for the latency regime: {launch}")
+    return launch
 
 
-def message_words(decode_tokens: int, num_experts: int) -> int:
-    """Of a message of the latency regime, message_words in native/cuda/latency.cuh."""
-    return _MESSAGE_HEAD_WORDS + -(-decode_tokens // 32) + num_experts
+@dataclass(frozen=True, kw_only=True)
+class Packets:
+    """How the latency regime's dispatch cuts rows: into parts of one piece, parts into packets (packet.cuh).
+
+    Attributes:
+        piece_bytes: most bytes of a row, as the caller gives it, in a part.
+        part_bytes: of a part's packets.
+        slot_bytes: of all parts of a row.
+        shared_bytes: dynamic shared memory of a block's warps, carve_rows in native/cuda/latency_row.cuh.
+    """
+
+    piece_bytes: int
+    part_bytes: int
+    slot_bytes: int
+    shared_bytes: int
+
+
+@cache
+def plan_packets(row_bytes: int, *, is_cast: bool) -> Packets:
+    """Parts of about the same size.
+
+    Args:
+        row_bytes: of a row of BF16.
+        is_cast: rows are cast to FP8 on the way.
+
+    Raises:
+        ConfigError: rows are no multiple of 16 bytes.
+    """
+    unit = 2 * SCALE_BLOCK if is_cast else 16
+    pieces = _pieces(row_bytes, _GOOD_UNIT if row_bytes % _GOOD_UNIT == 0 else unit, _MAX_LATENCY_PIECE)
+    piece, parts = pieces[0], -(-row_bytes // pieces[0])
+    payload = piece // 2 + piece // 2 // SCALE_BLOCK * 4 if is_cast else piece
+    part_bytes = align_up(-(-payload // _PACKET_PAYLOAD) * 16, _WARP_ALIGNMENT)
+    stages = _LATENCY_STAGES * (align_up(piece + 8, _WARP_ALIGNMENT) + 8)
+    of_warp = align_up(stages + align_up(piece // 64, 16), _WARP_ALIGNMENT)
+    return Packets(
+        piece_bytes=piece, part_bytes=part_bytes, slot_bytes=parts * part_bytes, shared_bytes=LATENCY_WARPS * of_warp
+    )
+
+
+def message_packets(decode_tokens: int, num_topk: int) -> int:
+    """Of a message of the latency regime: a head and the choices, see native/cuda/latency_choices.cuh."""
+    return 1 + -(-decode_tokens * num_topk // _CHOICES_OF_PACKET)
+
+
+def choices_bytes(decode_tokens: int, num_topk: int, num_experts: int, num_ranks: int) -> int:
+    """What a block of the latency regime's dispatch shares: Choices in native/cuda/latency_choices.cuh, then Places in
+    latency_places.cuh."""
+    local, words = num_experts // num_ranks, -(-decode_tokens // 32)
+    chosen = num_ranks * (message_packets(decode_tokens, num_topk) - 1) * _CHOICES_OF_PACKET
+    words_of_choices = num_ranks * words * local + num_experts + num_ranks + -(-local // 32)
+    words_of_places = num_experts + 2 * local
+    return align_up(8 * num_ranks, 16) + 2 * chosen + 4 * (words_of_choices + words_of_places)
 
 
 def settle_bytes(num_experts: int, num_ranks: int, count_blocks: int = 0, tokens_per_block: int = 0) -> int:

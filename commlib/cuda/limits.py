@@ -7,6 +7,13 @@ from typing import Any
 import torch
 
 from commlib.config import RuntimeConfig
+from commlib.cuda.launch import (
+    MAX_LATENCY_EXPERTS,
+    MAX_SHARED_BYTES,
+    choices_bytes,
+    plan_latency_combine,
+    plan_packets,
+)
 from commlib.cuda.params import MAX_RANKS, MAX_TOPK
 from commlib.errors import ConfigError
 from commlib.topology import Topology
@@ -25,6 +32,24 @@ def check_limits(config: RuntimeConfig, topology: Topology, num_ranks: int) -> N
         raise ConfigError(
             f"num_ranks={num_ranks} and num_topk={config.num_topk} exceed what a warp serves: "
             f"{MAX_RANKS} and {MAX_TOPK}"
+        )
+    if config.decode_tokens is not None and topology.num_nodes == 1:
+        _check_latency(config, config.decode_tokens, num_ranks)
+
+
+def _check_latency(config: RuntimeConfig, decode_tokens: int, num_ranks: int) -> None:
+    if config.num_experts > MAX_LATENCY_EXPERTS:
+        raise ConfigError(
+            f"decode_tokens={decode_tokens} with num_experts={config.num_experts}: choices travel in 12 bits, for up "
+            f"to {MAX_LATENCY_EXPERTS} experts"
+        )
+    plan_latency_combine(2 * config.hidden)
+    rows = max(plan_packets(2 * config.hidden, is_cast=is_cast).shared_bytes for is_cast in (False, True))
+    shared_bytes = rows + choices_bytes(decode_tokens, config.num_topk, config.num_experts, num_ranks)
+    if shared_bytes > MAX_SHARED_BYTES:
+        raise ConfigError(
+            f"decode_tokens={decode_tokens} of {num_ranks} ranks with num_experts={config.num_experts} and "
+            f"num_topk={config.num_topk} need {shared_bytes} bytes of shared memory, a block has {MAX_SHARED_BYTES}"
         )
 
 

@@ -21,10 +21,10 @@ from commlib.config import RuntimeConfig
 from commlib.cuda.decode import most_decode_rows
 from commlib.cuda.driver import Event
 from commlib.cuda.host_page import HostPage
-from commlib.cuda.launch import MAX_PARTS, RECORD_WORDS, message_words
+from commlib.cuda.launch import MAX_PARTS, message_packets, plan_packets
 from commlib.cuda.params import ExchangeHeader, FaultNote, LatencyRegions, sizeof
 from commlib.errors import CapacityError, TransportError
-from commlib.layout import SCALE_BLOCK, align_up, format_bytes, record_bytes
+from commlib.layout import align_up, format_bytes, record_bytes
 
 __all__ = ["ALIGNMENT", "Arena", "Heap", "Regions", "Segment", "Slab", "default_heap_bytes"]
 
@@ -97,7 +97,7 @@ class Regions:
         }
 
     def _latency_regions(self) -> dict[str, int]:
-        """Of the latency regime: two generations of slots for rows, counts and partial rows of BF16."""
+        """Of the latency regime: two generations of slots for rows, choices and partial rows of BF16."""
         ranks, tokens = self.num_ranks, self.config.decode_tokens
         if tokens is None or self.num_nodes > 1:
             return {}
@@ -105,7 +105,6 @@ class Regions:
         return {
             "slots": 2 * ranks * tokens * sizes["slot_bytes"],
             "messages": 2 * ranks * sizes["message_bytes"],
-            "row_epoch": ranks * tokens * MAX_PARTS * 4,
             "partials": 2 * ranks * tokens * sizes["partial_bytes"],
             "partial_epoch": ranks * tokens * MAX_PARTS * 4,
             "dispatch_done": 8 * ranks * self.config.num_sms,
@@ -115,15 +114,13 @@ class Regions:
 
     def latency_sizes(self) -> dict[str, int]:
         """Bytes and offsets inside a slot, see LatencyRegions in native/cuda/latency.cuh."""
-        config = self.config
-        row_bytes = align_up(2 * config.hidden, 16)
-        record_offset = row_bytes + align_up(4 * (config.hidden // SCALE_BLOCK), 16)
+        config, row_bytes = self.config, 2 * self.config.hidden
+        weights_offset = max(plan_packets(row_bytes, is_cast=is_cast).slot_bytes for is_cast in (False, True))
         return {
-            "scales_offset": row_bytes,
-            "record_offset": record_offset,
-            "slot_bytes": align_up(record_offset + 8 * RECORD_WORDS * config.num_topk, 128),
+            "weights_offset": weights_offset,
+            "slot_bytes": align_up(weights_offset + 8 * config.num_topk, 128),
             "partial_bytes": align_up(row_bytes, 128),
-            "message_bytes": align_up(8 * message_words(config.decode_tokens or 0, config.num_experts), _LINE),
+            "message_bytes": align_up(16 * message_packets(config.decode_tokens or 0, config.num_topk), _LINE),
         }
 
     def latency(self) -> LatencyRegions:

@@ -257,7 +257,6 @@ class LatencyRegions(ctypes.Structure):
             for name in (
                 "slots",
                 "messages",
-                "row_epoch",
                 "partials",
                 "partial_epoch",
                 "dispatch_done",
@@ -270,8 +269,7 @@ class LatencyRegions(ctypes.Structure):
             for name in (
                 "max_tokens",
                 "slot_bytes",
-                "scales_offset",
-                "record_offset",
+                "weights_offset",
                 "partial_bytes",
                 "message_bytes",
             )
@@ -307,6 +305,7 @@ class LatencyDispatchCall(ctypes.Structure):
                 "row_bytes",
                 "num_scales",
                 "piece_bytes",
+                "part_bytes",
                 "alignment",
                 "cast",
                 "dtype",

@@ -1,5 +1,6 @@
 // The latency regime: no exchange before the rows. A row goes to its own place [source][token] at
-// each rank that wants it, the counts go beside the rows, and the receiver works out the order.
+// each rank that wants it, the choices of all tokens go beside the rows, and the receiver works out
+// the order.
 //
 // Slots have two generations. The operation after next may write a slot again once all blocks of
 // its rank have said that they have taken their rows in (dispatch_done, combine_done). Blocks meet
@@ -12,38 +13,23 @@
 namespace commlib::cuda {
 
 enum LatencyCounter { kDispatchSent = 0, kTakenIn = 1, kCombineSent = 2, kAddedUp = 3 };
-constexpr uint32_t kMaxParts = 16;  // of a row, each the work of one warp
+constexpr uint32_t kMaxParts = 16;  // of a partial row, each the work of one warp
 enum LatencyPhase : uint32_t { kSend = 1, kReceive = 2 };
 constexpr uint32_t kDisagree = 5;  // a Status: the ranks' calls differ
 
 // Where things lie in every rank's control region.
 struct LatencyRegions {
-  uint64_t slots;          // [generation][source][token] row, scales, record [choice][RecordWord]
-  uint64_t messages;       // [generation][source] words, see MessageHead
-  uint64_t row_epoch;      // [source][token][part] uint32: newest epoch that lies in the slot
+  uint64_t slots;          // [generation][source][token] packets of a row, weights [choice] words
+  uint64_t messages;       // [generation][source] packets: a head, then choices
   uint64_t partials;       // [generation][writer][token] row
-  uint64_t partial_epoch;  // [writer][token][part] uint32
+  uint64_t partial_epoch;  // [writer][token][part] uint32: newest epoch that lies in the slot
   uint64_t dispatch_done;  // [rank][block] newest epoch whose rows that block has taken in
   uint64_t combine_done;   // [rank][block]
   uint64_t block_epochs;   // [block][LatencyCounter] own: newest operation of each
   uint32_t max_tokens;
-  uint32_t slot_bytes, scales_offset, record_offset;
+  uint32_t slot_bytes, weights_offset;
   uint32_t partial_bytes;
   uint32_t message_bytes;
-};
-
-// Of a record: a word for each of a token's choices and each of these.
-enum RecordWord : uint32_t { kExpertWord, kPlaceWord, kWeightWord, kRecordWords };
-
-// To every rank, from every rank, in every dispatch. A head, then which tokens come to that rank
-// [max_tokens / 32] bits, then tokens per expert [E].
-enum MessageHead : uint32_t {
-  kStatusWord,
-  kAgreedWord,       // hash of what must be equal on all ranks
-  kBadIndexWord,     // token * num_topk + slot
-  kBadValueWord,     // lower half
-  kBadValueTopWord,  // upper half
-  kHeadWords
 };
 
 struct LatencyDispatchCall {
@@ -60,32 +46,17 @@ struct LatencyDispatchCall {
   uint32_t* expert_offset;    // [local expert + 1]
   uint32_t* state;
   uint64_t ticket;
-  uint32_t num_tokens, in_row_bytes, row_bytes, num_scales, piece_bytes;
+  uint32_t num_tokens, in_row_bytes, row_bytes, num_scales;
+  uint32_t piece_bytes;  // of a row as it is given: a part, one warp's work
+  uint32_t part_bytes;   // of a part's packets in a slot
   uint32_t alignment, cast, dtype, capacity;
   uint32_t agreed, status;  // kOk, or kRejected: the host found the input bad
   uint32_t phases;
   uint32_t shared_offset;  // of what the block shares, behind the warps' memory
 };
 
-__device__ inline Flags row_flags(const LatencyRegions& regions) {
-  return {regions.row_epoch, regions.max_tokens * kMaxParts};
-}
 __device__ inline Flags partial_flags(const LatencyRegions& regions) {
   return {regions.partial_epoch, regions.max_tokens * kMaxParts};
-}
-
-__device__ inline uint32_t mask_words(const LatencyRegions& regions) {
-  return (regions.max_tokens + 31) / 32;
-}
-
-__device__ inline uint32_t message_words(const Mesh& mesh, const LatencyRegions& regions) {
-  return kHeadWords + mask_words(regions) + uint32_t(mesh.num_experts);
-}
-
-__device__ inline uint64_t* message(const Mesh& mesh, const LatencyRegions& regions, int rank,
-                                    uint64_t epoch, int source) {
-  const uint64_t index = (epoch & 1) * uint64_t(mesh.num_ranks) + uint64_t(source);
-  return at<uint64_t>(mesh, rank, regions.messages + index * regions.message_bytes);
 }
 
 __device__ inline uint64_t place_of(const Mesh& mesh, const LatencyRegions& regions, uint64_t epoch,
@@ -125,9 +96,21 @@ __device__ inline bool wait_part(const Mesh& mesh, const uint32_t* flag, int wri
                     [=](uint64_t* seen) { return part_has_come(flag, epoch, seen); });
 }
 
+// Division by the same number again and again, as long as number * divisor < 2^32: the product with
+// the reciprocal, rounded up, is too large by less than what is missing to the next quotient.
+struct Divisor {
+  uint32_t value, inverse;
+
+  __device__ explicit Divisor(uint32_t by) : value(by), inverse(0xffffffffu / by + 1) {}
+  __device__ uint32_t divide(uint32_t number) const {
+    return value == 1 ? number : __umulhi(number, inverse);
+  }
+};
+
 // Parts of rows that a grid's warps take in turn, first the same part of all blocks.
 struct PartTasks {
-  uint32_t number, end, step, parts;
+  uint32_t number, end, step;
+  Divisor parts;
 
   __device__ PartTasks(uint32_t rows, uint32_t parts_of_row)
       : number(blockIdx.x + gridDim.x * uint32_t(warp_id())),
@@ -135,13 +118,13 @@ struct PartTasks {
         step(gridDim.x * (blockDim.x / 32)),
         parts(parts_of_row) {}
   __device__ bool has_one() const { return number < end; }
-  __device__ uint32_t row() const { return number / parts; }
-  __device__ uint32_t part() const { return number % parts; }
+  __device__ uint32_t row() const { return parts.divide(number); }
+  __device__ uint32_t part() const { return number - row() * parts.value; }
   __device__ void next() { number += step; }
 };
 
-// Messages and records are words that carry the epoch in their upper half: a reader knows of each
-// by itself that it has come, and nobody needs a fence.
+// Words that carry the epoch in their upper half: a reader knows of each by itself that it has
+// come, and nobody needs a fence.
 __device__ inline void put_word(uint64_t* to, uint64_t epoch, uint32_t word) {
   commlib::store_relaxed(to, epoch << 32 | word);
 }
@@ -166,6 +149,7 @@ __device__ inline bool wait_room(const Mesh& mesh, uint64_t done, uint64_t epoch
   bool has_come = true;
   const uint64_t* words = at<uint64_t>(mesh, mesh.rank, done);
   const int end = epoch < 3 ? 0 : mesh.num_ranks * int(gridDim.x);  // all ranks have as many blocks
+#pragma unroll 1
   for (int i = int(threadIdx.x); i < end && has_come; i += int(blockDim.x))
     has_come = wait_until(mesh, {kRoom, i / int(gridDim.x), epoch - 2, epoch - 2},
                           [word = words + i, epoch](uint64_t* seen) {

@@ -1,8 +1,8 @@
 // Dispatch in the latency regime, the receiver: rows to their places.
 #pragma once
 
-#include "cuda/carrier.cuh"
 #include "cuda/latency_places.cuh"
+#include "cuda/latency_row.cuh"
 
 namespace commlib::cuda {
 
@@ -15,133 +15,151 @@ __device__ inline void keep_record(const Mesh& mesh, const LatencyRegions& regio
   if (lane_id() < mesh.num_topk) record_entries(kept)[lane_id()] = entry;
 }
 
-// Role: every row that comes, a warp per row. A row is loaded before anybody needs to know where it
-// goes.
+// A part of a row that comes.
+struct Arrival {
+  bool is_one;  // false: there are no more
+  int source;
+  uint32_t token, part;
+  int local;  // the lane's expert here, or -1
+};
+
+// Role: every row that comes, a warp per part. Its packets are loaded before anybody needs to know
+// where they go, and while the part before is stored.
 struct Intake {
+  static constexpr uint32_t kTogether = 6;  // packets of a lane whose loads are under way together:
+                                            // a part without a cast
+
   const Mesh& mesh;
   const LatencyRegions& regions;
   const LatencyDispatchCall& call;
-  WarpMemory& own;
+  const Choices& choices;
+  RowWarp& own;
   const uint64_t epoch;
   PartTasks tasks;
-  bool has_row = false;
-  int source = 0;
-  uint32_t token = 0;
-  uint32_t begun = 0;   // bytes
-  float scale[2] = {};  // the lane's first
-  NoTransform as_it_is{};
+  const Divisor ranks;
+  Arrival next{};
+  uint32_t turn = 0;
+  Packet packets[kTogether];
 
   __device__ Intake(const Mesh& of, const LatencyRegions& at_rank, const LatencyDispatchCall& what,
-                    WarpMemory& memory, uint64_t number)
+                    const Choices& chosen, RowWarp& memory, uint64_t number)
       : mesh(of),
         regions(at_rank),
         call(what),
+        choices(chosen),
         own(memory),
         epoch(number),
-        tasks(uint32_t(of.num_ranks) * at_rank.max_tokens, 1) {}
+        tasks(uint32_t(of.num_ranks) * at_rank.max_tokens, parts_of(what)),
+        ranks(uint32_t(of.num_ranks)) {}
 
-  __device__ const uint8_t* slot() const {
-    return row_slot(mesh, regions, mesh.rank, epoch, source, token);
+  __device__ const uint8_t* slot(const Arrival& of) const {
+    return row_slot(mesh, regions, mesh.rank, epoch, of.source, of.token);
   }
-  __device__ const float* scales() const {
-    return reinterpret_cast<const float*>(slot() + regions.scales_offset);
+  __device__ const Packet* packets_at(const Arrival& of) const {
+    return reinterpret_cast<const Packet*>(slot(of) + of.part * call.part_bytes);
   }
-
-  // The next row that comes, as soon as it is there: its first pieces are being loaded.
-  __device__ void begin(const Places& places) {
-    has_row = false;
-    for (; tasks.has_one(); tasks.next()) {
-      source = int(tasks.row() % uint32_t(mesh.num_ranks));
-      token = tasks.row() / uint32_t(mesh.num_ranks);
-      if (places.comes(source, token)) break;
-      keep_record(mesh, regions, call, source, token, RecordEntry{-1, -1, 0.0f});
-    }
-    if (!tasks.has_one() || !has_come()) return;
-    tasks.next();
-    has_row = true;
-    fence_async_global();  // what the acquire made visible, before the bulk loads
-    __syncwarp();
-    for (begun = 0; begun < call.row_bytes && begun < Pipe::kMostAhead * call.piece_bytes;
-         begun += call.piece_bytes) {
-      own.pipe.make_room(as_it_is);
-      own.pipe.put(slot() + begun, min(call.piece_bytes, call.row_bytes - begun), 0);
-    }
-    for (int i = 0; i < 2; ++i)
-      if (lane_id() + 32 * i < int(call.num_scales)) scale[i] = scales()[lane_id() + 32 * i];
+  __device__ void load(const Packet* from, uint32_t first, uint32_t end) {
+#pragma unroll
+    for (uint32_t k = 0; k < kTogether; ++k)
+      if (first + 32 * k < end)
+        packets[k] = load_packet(from + min(first + 32 * k + lane_id(), end - 1));
   }
-
-  // Rows that are here leave before the warp waits for one that is not.
-  __device__ bool has_come() {
-    const uint32_t parts = (call.in_row_bytes + call.piece_bytes - 1) / call.piece_bytes;
-    const uint32_t* flag =
-        part_flag(mesh, row_flags(regions), source, token * kMaxParts + uint32_t(lane_id()));
-    bool is_here = true;
-    uint64_t seen;
-    if (uint32_t(lane_id()) < parts) is_here = part_has_come(flag, uint32_t(epoch), &seen);
-    if (__all_sync(0xffffffffu, is_here)) return true;
-    while (own.pipe.stored < own.pipe.loaded) own.pipe.store_oldest(as_it_is);
-    if (uint32_t(lane_id()) < parts)
-      is_here = wait_part(mesh, flag, source, uint32_t(epoch), kTakeIn);
-    return __all_sync(0xffffffffu, is_here);
-  }
-
-  // The lane's choice. False: the Runtime is faulty.
-  __device__ bool read_record(RecordEntry* entry) const {
-    const uint64_t* words = reinterpret_cast<const uint64_t*>(slot() + regions.record_offset) +
-                            uint32_t(lane_id()) * kRecordWords;
-    uint64_t found[kRecordWords] = {};
+  // Of those that load() has loaded.
+  __device__ bool have_come(uint32_t first, uint32_t end) const {
     bool has_come = true;
-    if (lane_id() < mesh.num_topk) {
 #pragma unroll
-      for (uint32_t i = 0; i < kRecordWords; ++i) found[i] = commlib::load_relaxed(words + i);
-#pragma unroll
-      for (uint32_t i = 0; i < kRecordWords; ++i)
-        if (uint32_t(found[i] >> 32) != uint32_t(epoch))
-          has_come = has_come && wait_word(mesh, words + i, source, epoch, &found[i]);
-      *entry =
-          RecordEntry{int32_t(uint32_t(found[kExpertWord])), int32_t(uint32_t(found[kPlaceWord])),
-                      __uint_as_float(uint32_t(found[kWeightWord]))};
-    }
-    return __all_sync(0xffffffffu, has_come);
+    for (uint32_t k = 0; k < kTogether; ++k)
+      if (first + 32 * k < end) has_come = has_come && packets[k].epoch == uint32_t(epoch);
+    return has_come;
   }
 
-  // The row to all its places, its record to the handle. False: the Runtime is faulty.
-  __device__ bool place(const Places& places) {
-    const int lane = lane_id(), per_rank = mesh.experts_per_rank;
-    RecordEntry entry{-1, -1, 0.0f};
-    if (!read_record(&entry)) return false;
-    const int local = entry.expert - mesh.rank * per_rank;
-    const bool is_here = entry.expert >= 0 && local >= 0 && local < per_rank;
-    const uint32_t row =
-        is_here ? places.first[source * per_rank + local] + uint32_t(entry.row) : 0;
-    const uint64_t to =
-        is_here ? reinterpret_cast<uint64_t>(call.rows) + uint64_t(row) * call.row_bytes : 0;
-    own.pipe.aim(to, (begun + call.piece_bytes - 1) / call.piece_bytes);
-    for (; begun < call.row_bytes; begun += call.piece_bytes) {
-      own.pipe.make_room(as_it_is);
-      own.pipe.put(slot() + begun, min(call.piece_bytes, call.row_bytes - begun),
-                   is_here ? to + begun : 0);
+  // The next part that comes: its first packets are being loaded.
+  __device__ void find() {
+    next.is_one = false;
+    for (; tasks.has_one() && !next.is_one; tasks.next()) {
+      const uint32_t row = tasks.row(), token = ranks.divide(row);
+      const int source = int(row - token * ranks.value);
+      const int local = choices.local(mesh, source, token);
+      next = {__any_sync(0xffffffffu, local >= 0) != 0, source, token, tasks.part(), local};
+      if (!next.is_one && next.part == 0)
+        keep_record(mesh, regions, call, source, token, RecordEntry{-1, -1, 0.0f});
     }
-    const uint32_t targets = call.num_scales ? __ballot_sync(0xffffffffu, is_here) : 0;
-    for (uint32_t i = uint32_t(lane), turn = 0; i - uint32_t(lane) < call.num_scales;
-         i += 32, ++turn) {
-      const bool is_scale = i < call.num_scales;
-      const float value = turn == 0 ? scale[0] : turn == 1 ? scale[1] : is_scale ? scales()[i] : 0;
-      for (uint32_t lanes = targets; lanes != 0; lanes &= lanes - 1) {
-        const uint64_t target = __shfl_sync(0xffffffffu, row, __ffs(int(lanes)) - 1);
-        if (is_scale) call.scales[target * call.num_scales + i] = value;
+    if (next.is_one) load(packets_at(next), 0, RowPart(call, next.part).packets());
+  }
+
+  // Its packets to shared memory. False: the Runtime is faulty.
+  __device__ bool gather(const Arrival& of, const RowPart& shape, uint32_t* to) {
+    const uint32_t end = shape.packets();
+    const Packet* from = packets_at(of);
+#pragma unroll 1
+    for (uint32_t first = 0; first < end; first += 32 * kTogether) {
+      if (first != 0) load(from, first, end);
+      if (!__all_sync(0xffffffffu, have_come(first, end))) {
+        const bool has_come =
+            wait_until(mesh, {kTakeIn, of.source, epoch, epoch}, [&](uint64_t* seen) {
+              load(from, first, end);
+              *seen = packets[0].epoch;
+              return have_come(first, end);
+            });
+        if (!__all_sync(0xffffffffu, has_come)) return false;
+      }
+#pragma unroll
+      for (uint32_t k = 0; k < kTogether; ++k) {
+        if (first + 32 * k >= end) continue;
+        uint32_t* words = to + 3 * min(first + 32 * k + lane_id(), end - 1);
+#pragma unroll
+        for (uint32_t i = 0; i < 3; ++i) words[i] = packets[k].words[i];
       }
     }
-    if (is_here) call.weights[row] = entry.weight;
-    keep_record(
-        mesh, regions, call, source, token,
-        RecordEntry{is_here ? entry.expert : -1, is_here ? int32_t(row) : -1, entry.weight});
     return true;
   }
 
+  // To all its places, its record to the handle. False: the Runtime is faulty.
+  __device__ bool place(const Places& places) {
+    const Arrival now = next;
+    const RowPart shape(call, now.part);
+    const bool is_here = now.local >= 0;
+    uint8_t* stage = own.pipe.stage(turn++);
+    bulk_wait_read<PiecePipe::kStages - 1>();
+    __syncwarp();  // nobody reads the stage any more
+    uint64_t weight = 0;
+    const uint64_t* weights =
+        reinterpret_cast<const uint64_t*>(slot(now) + regions.weights_offset) + lane_id();
+    if (now.part == 0 && is_here) weight = commlib::load_relaxed(weights);
+    if (!gather(now, shape, reinterpret_cast<uint32_t*>(stage))) return false;
+    find();
+    uint32_t row = 0;
+    if (is_here)
+      row = places.first_row(mesh, now.source, now.local) +
+            choices.count_below(mesh, now.source, now.local, now.token);
+    fence_async_shared();  // the packets before the bulk stores that read them
+    __syncwarp();
+    if (is_here)
+      bulk_store(call.rows + uint64_t(row) * call.row_bytes + shape.out_begin, stage,
+                 shape.out_bytes);
+    bulk_commit();
+    const float* scales = reinterpret_cast<const float*>(stage + shape.out_bytes);
+    uint32_t lanes = shape.num_scales ? __ballot_sync(0xffffffffu, is_here) : 0;
+    for (; lanes != 0; lanes &= lanes - 1) {
+      const uint64_t target = __shfl_sync(0xffffffffu, row, __ffs(int(lanes)) - 1);
+      for (uint32_t i = lane_id(); i < shape.num_scales; i += 32)
+        call.scales[target * call.num_scales + shape.first_scale + i] = scales[i];
+    }
+    if (now.part != 0) return true;
+    bool has_come = true;
+    if (is_here && uint32_t(weight >> 32) != uint32_t(epoch))
+      has_come = wait_word(mesh, weights, now.source, epoch, &weight);
+    if (is_here) call.weights[row] = __uint_as_float(uint32_t(weight));
+    keep_record(mesh, regions, call, now.source, now.token,
+                RecordEntry{is_here ? mesh.rank * mesh.experts_per_rank + now.local : -1,
+                            is_here ? int32_t(row) : -1, __uint_as_float(uint32_t(weight))});
+    return __all_sync(0xffffffffu, has_come);
+  }
+
   __device__ void finish(const Places& places) {
-    while (has_row && place(places)) begin(places);
-    own.pipe.drain(as_it_is);
+    while (next.is_one && place(places)) {
+    }
+    bulk_wait<0>();
   }
 };
 
@@ -149,7 +167,7 @@ struct Intake {
 __device__ inline void clear_rest(const Mesh& mesh, const LatencyDispatchCall& call,
                                   const Places& places) {
   const uint32_t threads = gridDim.x * blockDim.x, first = blockIdx.x * blockDim.x + threadIdx.x;
-  for (uint32_t row = places.offset[mesh.experts_per_rank] + first; row < call.capacity;
+  for (uint32_t row = places.start_of(mesh, mesh.experts_per_rank) + first; row < call.capacity;
        row += threads)
     call.weights[row] = 0.0f;
   if (call.alignment == 1) return;
@@ -157,8 +175,9 @@ __device__ inline void clear_rest(const Mesh& mesh, const LatencyDispatchCall& c
   for (uint32_t task = blockIdx.x + gridDim.x * uint32_t(warp_id()); task < tasks;
        task += gridDim.x * (blockDim.x / 32)) {
     const uint32_t expert = task / (call.alignment - 1);
-    const uint64_t row = places.offset[expert] + places.total[expert] + task % (call.alignment - 1);
-    if (row >= places.offset[expert + 1]) continue;
+    const uint64_t row =
+        places.start_of(mesh, int(expert)) + places.total[expert] + task % (call.alignment - 1);
+    if (row >= places.start_of(mesh, int(expert) + 1)) continue;
     uint4* to = reinterpret_cast<uint4*>(call.rows + row * call.row_bytes);
     for (uint32_t i = lane_id(); i < call.row_bytes / 16; i += 32) to[i] = make_uint4(0, 0, 0, 0);
     for (uint32_t i = lane_id(); i < call.num_scales; i += 32)

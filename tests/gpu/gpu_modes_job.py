@@ -257,15 +257,28 @@ def _check_latency_errors(case: Case, runtime: Runtime) -> None:
         out = runtime.combine(torch.zeros_like(over.x), over.handle).x
         assert bool(out.isnan().all()) and int(runtime.overflowed()) == 1
         runtime.overflowed().zero_()
-    if work.topk_idx[-1].shape[0]:
-        bad = idx.clone()
-        if rank == runtime.num_ranks - 1:
-            bad[0, 0] = 99
-        refused = runtime.dispatch(x, bad, weights, regime="latency")
-        torch.cuda.synchronize()
-        assert int(refused.num_tokens_per_expert.sum()) == 0
-        with pytest.raises(ConfigError, match="expert id 99 at token 0, slot 0"):
-            runtime.check()
+    if len(work.topk_idx[-1]):
+        last = runtime.num_ranks - 1
+        token, slots = len(work.topk_idx[-1]) - 1, (work.topk_idx[-1][-1] >= 0).nonzero()[:, 0].tolist()
+        wrong: list[tuple[str, Any]] = [("expert id 99 at token 0, slot 0", lambda i, w: i[0].fill_(99))]
+        wrong.append(("expert id -7 at token 0, slot 0", lambda i, w: i[0, :1].fill_(-7)))
+        if len(slots) > 1:
+            first, second = slots[:2]
+            expert = int(work.topk_idx[-1][-1, first])
+            again = f"expert {expert} occurs twice at token {token}, slot {second}"
+            wrong.append((again, lambda i, w: i[-1, second].fill_(expert)))
+        if slots:
+            heavy = f"weight inf at token {token}, slot {slots[0]}"
+            wrong.append((heavy, lambda i, w: w[-1, slots[0]].fill_(torch.inf)))
+        for words, spoil in wrong:
+            bad, bad_weights = idx.clone(), weights.clone()
+            if rank == last:
+                spoil(bad, bad_weights)
+            refused = runtime.dispatch(x, bad, bad_weights, regime="latency")
+            torch.cuda.synchronize()
+            assert int(refused.num_tokens_per_expert.sum()) == 0
+            with pytest.raises(ConfigError, match=words):
+                runtime.check()
     check_latency(case, runtime)
 
 

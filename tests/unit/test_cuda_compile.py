@@ -12,9 +12,18 @@ from commlib.config import RuntimeConfig
 from commlib.cuda import compile as cuda_compile
 from commlib.cuda import params
 from commlib.cuda.compile import UNITS, compile_unit, resources
-from commlib.cuda.launch import MAX_SHARED_BYTES, Tuning, plan_combine, plan_dispatch, plan_tier_combine
+from commlib.cuda.launch import (
+    MAX_SHARED_BYTES,
+    Tuning,
+    plan_combine,
+    plan_dispatch,
+    plan_packets,
+    plan_tier_combine,
+)
+from commlib.cuda.limits import check_limits
 from commlib.cuda.memory import ALIGNMENT, Heap, Regions
 from commlib.errors import ConfigError
+from commlib.topology import Topology
 from examples.overlap_figures import occupied
 
 KERNELS = {
@@ -120,6 +129,38 @@ def test_rows_that_do_not_fit_are_refused() -> None:
         plan_dispatch(200, Tuning())
     with pytest.raises(ConfigError, match="leaves no shared memory for rows of 65536 bytes"):
         plan_dispatch(65536, Tuning(dispatch_warps=300))
+
+
+@pytest.mark.parametrize("hidden", [8, 200, 512, 1000, 2048, 7168, 16384])
+@pytest.mark.parametrize("is_cast", [False, True])
+def test_packets_hold_every_part(hidden: int, is_cast: bool) -> None:
+    if is_cast and hidden % 128:
+        return
+    row_bytes = 2 * hidden
+    cut = plan_packets(row_bytes, is_cast=is_cast)
+    parts = -(-row_bytes // cut.piece_bytes)
+    columns = cut.piece_bytes // 2
+    payload = columns + columns // 128 * 4 if is_cast else cut.piece_bytes
+    assert cut.part_bytes // 16 * 12 >= payload and cut.slot_bytes == parts * cut.part_bytes
+    assert cut.piece_bytes % (256 if is_cast else 16) == 0 and (parts - 1) * cut.piece_bytes < row_bytes
+    # What is cast in place makes room for its scales behind it, and every lane reads whole packets.
+    assert not is_cast or payload <= cut.piece_bytes
+
+
+def test_limits_of_the_latency_regime() -> None:
+    def check(ranks: int, **options: int) -> None:
+        config = RuntimeConfig(**{"hidden": 7168, "num_experts": 256, "num_topk": 8, "decode_tokens": 128, **options})
+        check_limits(config, Topology((0,) * ranks), ranks)
+
+    for ranks in (1, 2, 4, 8, 32):
+        check(ranks)
+    check(8, decode_tokens=256)
+    with pytest.raises(ConfigError, match="choices travel in 12 bits, for up to 4094 experts"):
+        check(1, num_experts=4096)
+    with pytest.raises(ConfigError, match="bytes of shared memory, a block has"):
+        check(32, decode_tokens=512)
+    with pytest.raises(ConfigError, match="rows of 131072 bytes are too wide for the latency regime"):
+        check(2, hidden=65536)
 
 
 def test_heap_takes_splits_and_merges() -> None:

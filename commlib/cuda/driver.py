@@ -13,6 +13,7 @@ __all__ = [
     "KernelArguments",
     "bind_context",
     "export_dmabuf",
+    "fill_zero",
     "has_ordered_rdma",
     "load_kernels",
     "map_host_memory",
@@ -111,6 +112,14 @@ def export_dmabuf(address: int, num_bytes: int) -> int:
         ctypes.c_ulonglong(0),
     )
     return descriptor.value if code == 0 else -1
+
+
+def fill_zero(address: int, num_words: int, stream: int) -> None:
+    """Enqueues zeros for 32-bit words of device memory."""
+    _check(
+        "cuMemsetD32Async",
+        _library().cuMemsetD32Async(ctypes.c_uint64(address), 0, ctypes.c_size_t(num_words), _Pointer(stream)),
+    )
 
 
 class Kernel:

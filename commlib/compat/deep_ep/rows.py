@@ -55,7 +55,7 @@ def resized(tensor: Tensor, num_rows: int, fill: float = 0) -> Tensor:
     """The first `num_rows` of `tensor`, and rows of `fill` behind them if there are fewer. Copies only to add."""
     have = tensor.shape[0]
     if num_rows <= have:
-        return tensor[:num_rows]
+        return tensor if num_rows == have else tensor[:num_rows]
     if tensor.dtype == torch.float8_e4m3fn:  # few operations know it; +0 is all zero bits
         return resized(tensor.view(torch.uint8), num_rows).view(tensor.dtype)
     out = tensor.new_full((num_rows, *tensor.shape[1:]), fill)

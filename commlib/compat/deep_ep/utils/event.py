@@ -18,15 +18,19 @@ class EventHandle:
     """A point in the current CUDA stream; already passed in a process that has not touched CUDA."""
 
     def __init__(self) -> None:
-        self._event: torch.cuda.Event | None = None
+        self._event: Any = None
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._event.record()
+            from commlib.cuda.driver import Event, bind_context  # torch's own events cost the host five times as much
+
+            device = torch._C._cuda_getDevice()
+            bind_context(device)
+            self._event = Event()
+            self._event.record(torch._C._cuda_getCurrentRawStream(device))
 
     def current_stream_wait(self) -> None:
         """Work that is put on the current stream from now on comes after the point."""
         if self._event is not None:
-            self._event.wait()
+            self._event.wait(torch._C._cuda_getCurrentRawStream(torch._C._cuda_getDevice()))
 
 
 class EventOverlap:

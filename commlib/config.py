@@ -58,9 +58,9 @@ class RuntimeConfig:
         timeout_s: seconds without progress after which a wait raises.
         heartbeat_timeout_s: seconds without a heartbeat after which a peer counts as lost.
         transport: name of the scale-out transport.
-        ring_memory: where the rings of a GPU's Runtime lie: "host" (pinned), "device" (the GPU's memory, which saves a
-            row two ways over PCIe), or "auto": device if cards (verbs) or copy engines (ucx, on one host) then carry
-            rows between all ranks without the hosts, else host.
+        ring_memory: where the rings of a GPU's Runtime lie: "host" (pinned) or "device" (the GPU's memory, which saves
+            a row two ways over PCIe). "device" is for those who work on it: rows have come out wrong, docs/design.md,
+            section 10.
         use_tuned_plan: whether a plan that `commlib bench --tune` has found for this shape and topology replaces
             `chunk_tokens`, `chunk_bytes`, `ring_bytes`, `out_blocks` and `in_blocks` where they have their defaults and
             the environment says nothing. Without one, GPUs of several nodes get chunks of 256 KiB in rings of 4 MiB,

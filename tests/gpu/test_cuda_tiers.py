@@ -46,9 +46,6 @@ def test_every_workload_is_bitwise_what_the_oracle_says(ranks_per_node: int, rin
 @pytest.mark.parametrize(
     ("choice", "tls", "expected"),
     [
-        ("auto", "all", "GPU memory"),
-        ("auto", "tcp,cuda_copy,self", "pinned host memory (rank 0: puts between GPUs would pass through the hosts"),
-        ("auto", "tcp,self", "pinned host memory (rank 0: the transport takes GPU memory for the host's"),
         ("device", "all", "GPU memory"),
         ("device", "tcp,cuda_copy,self", "GPU memory"),
         ("host", "all", "pinned host memory"),

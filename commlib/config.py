@@ -47,7 +47,8 @@ class RuntimeConfig:
             latter fewer take part in a call whose rows go to fewer ranks than in balanced routing, and, unless their
             number is given, more where rows go to more ranks (GPU only).
         decode_tokens: most tokens of a rank in a call of the latency regime, for which there are slots, between nodes
-            room in the heap, from construction on (GPU only); None: that regime is not used.
+            room in the heap, from construction on (GPU only); None: that regime is not used. Within a node a block's
+            shared memory must hold what all ranks' tokens chose: 1024 tokens with 8 ranks, top-8 of 256 experts.
         chunk_tokens: tokens moved per signal over scale-up.
         chunk_bytes: bytes moved per put over scale-out (one row, if a row is larger).
         ring_bytes: bytes of one scale-out ring, which is also the most that is in flight to one peer. On links that

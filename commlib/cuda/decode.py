@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from commlib.config import RuntimeConfig
 from commlib.cuda.calls import check_alignment
+from commlib.cuda.launch import MAX_SHARED_BYTES, choices_bytes
 from commlib.errors import ConfigError
 from commlib.executor import DispatchCall
 from commlib.layout import most_rows
 
-__all__ = ["check_decode", "check_decode_rows", "most_decode_rows"]
+__all__ = ["check_decode", "check_decode_rows", "most_decode_rows", "packet_room"]
 
 
 def check_decode(call: DispatchCall, config: RuntimeConfig) -> int:
@@ -33,3 +34,9 @@ def most_decode_rows(config: RuntimeConfig, num_ranks: int, alignment: int) -> i
     """Rows that a rank may get, padding included."""
     tokens = num_ranks * (config.decode_tokens or 0)
     return most_rows(tokens, config.num_topk, config.num_experts // num_ranks, alignment)
+
+
+def packet_room(config: RuntimeConfig, num_ranks: int) -> int:
+    """Shared memory that the choices of all ranks' tokens leave a block for rows."""
+    chosen = choices_bytes(config.decode_tokens or 0, config.num_topk, config.num_experts, num_ranks)
+    return max(0, MAX_SHARED_BYTES - chosen)

@@ -18,11 +18,11 @@ from commlib.cuda.calls import (
     check_rows,
     check_tensor,
 )
-from commlib.cuda.decode import check_decode, check_decode_rows, most_decode_rows
+from commlib.cuda.decode import check_decode, check_decode_rows, most_decode_rows, packet_room
 from commlib.cuda.launch import (
     LATENCY_COMBINE_WARPS,
     LATENCY_WARPS,
-    choices_bytes,
+    MAX_SHARED_BYTES,
     plan_latency_combine,
     plan_packets,
 )
@@ -184,11 +184,11 @@ class LatencyOps:
 
     def _cut_rows(self, params: LatencyDispatchCall, *, is_cast: bool) -> int:
         """Fills in how rows are cut; dynamic shared memory of a block."""
-        config, packets = self._queue.config, plan_packets(params.in_row_bytes, is_cast=is_cast)
+        room = packet_room(self._queue.config, self._queue.num_ranks)
+        packets = plan_packets(params.in_row_bytes, room, is_cast=is_cast)
         params.piece_bytes, params.part_bytes = packets.piece_bytes, packets.part_bytes
         params.shared_offset = packets.shared_bytes
-        shared = choices_bytes(self._max_tokens, config.num_topk, config.num_experts, self._queue.num_ranks)
-        return packets.shared_bytes + shared
+        return packets.shared_bytes + MAX_SHARED_BYTES - room
 
     # ---- combine
 

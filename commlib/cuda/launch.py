@@ -179,25 +179,34 @@ class Packets:
 
 
 @cache
-def plan_packets(row_bytes: int, *, is_cast: bool) -> Packets:
-    """Parts of about the same size.
+def plan_packets(row_bytes: int, room: int, *, is_cast: bool) -> Packets:
+    """Parts of about the same size, the largest that leave a block room for the choices.
 
     Args:
         row_bytes: of a row of BF16.
+        room: `MAX_SHARED_BYTES` less `choices_bytes`.
         is_cast: rows are cast to FP8 on the way.
 
     Raises:
-        ConfigError: rows are no multiple of 16 bytes.
+        ConfigError: rows are no multiple of 16 bytes, or the choices leave no room.
     """
     unit = 2 * SCALE_BLOCK if is_cast else 16
-    pieces = _pieces(row_bytes, _GOOD_UNIT if row_bytes % _GOOD_UNIT == 0 else unit, _MAX_LATENCY_PIECE)
-    piece, parts = pieces[0], -(-row_bytes // pieces[0])
-    payload = piece // 2 + piece // 2 // SCALE_BLOCK * 4 if is_cast else piece
-    part_bytes = align_up(-(-payload // _PACKET_PAYLOAD) * 16, _WARP_ALIGNMENT)
-    stages = _LATENCY_STAGES * (align_up(piece + 8, _WARP_ALIGNMENT) + 8)
-    of_warp = align_up(stages + align_up(piece // 64, 16), _WARP_ALIGNMENT)
-    return Packets(
-        piece_bytes=piece, part_bytes=part_bytes, slot_bytes=parts * part_bytes, shared_bytes=LATENCY_WARPS * of_warp
+    for piece in _pieces(row_bytes, _GOOD_UNIT if row_bytes % _GOOD_UNIT == 0 else unit, _MAX_LATENCY_PIECE):
+        stages = _LATENCY_STAGES * (align_up(piece + 8, _WARP_ALIGNMENT) + 8)
+        of_warp = align_up(stages + align_up(piece // 64, 16), _WARP_ALIGNMENT)
+        if LATENCY_WARPS * of_warp > room:
+            continue
+        payload = piece // 2 + piece // 2 // SCALE_BLOCK * 4 if is_cast else piece
+        part_bytes = align_up(-(-payload // _PACKET_PAYLOAD) * 16, _WARP_ALIGNMENT)
+        return Packets(
+            piece_bytes=piece,
+            part_bytes=part_bytes,
+            slot_bytes=-(-row_bytes // piece) * part_bytes,
+            shared_bytes=LATENCY_WARPS * of_warp,
+        )
+    raise ConfigError(
+        f"rows of {row_bytes} bytes find {room} bytes of shared memory beside the choices of all ranks' tokens: "
+        "give the Runtime fewer decode_tokens"
     )
 
 

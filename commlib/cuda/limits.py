@@ -7,13 +7,8 @@ from typing import Any
 import torch
 
 from commlib.config import RuntimeConfig
-from commlib.cuda.launch import (
-    MAX_LATENCY_EXPERTS,
-    MAX_SHARED_BYTES,
-    choices_bytes,
-    plan_latency_combine,
-    plan_packets,
-)
+from commlib.cuda.decode import packet_room
+from commlib.cuda.launch import MAX_LATENCY_EXPERTS, plan_latency_combine, plan_packets
 from commlib.cuda.params import MAX_RANKS, MAX_TOPK
 from commlib.errors import ConfigError
 from commlib.topology import Topology
@@ -44,13 +39,8 @@ def _check_latency(config: RuntimeConfig, decode_tokens: int, num_ranks: int) ->
             f"to {MAX_LATENCY_EXPERTS} experts"
         )
     plan_latency_combine(2 * config.hidden)
-    rows = max(plan_packets(2 * config.hidden, is_cast=is_cast).shared_bytes for is_cast in (False, True))
-    shared_bytes = rows + choices_bytes(decode_tokens, config.num_topk, config.num_experts, num_ranks)
-    if shared_bytes > MAX_SHARED_BYTES:
-        raise ConfigError(
-            f"decode_tokens={decode_tokens} of {num_ranks} ranks with num_experts={config.num_experts} and "
-            f"num_topk={config.num_topk} need {shared_bytes} bytes of shared memory, a block has {MAX_SHARED_BYTES}"
-        )
+    for is_cast in (False, True):
+        plan_packets(2 * config.hidden, packet_room(config, num_ranks), is_cast=is_cast)
 
 
 def check_multiprocessors(wanted: int, device: Any) -> None:

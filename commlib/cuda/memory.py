@@ -18,7 +18,7 @@ import torch
 from commlib.bootstrap import Bootstrap
 from commlib.bootstrap.agreement import allgather_or_raise
 from commlib.config import RuntimeConfig
-from commlib.cuda.decode import most_decode_rows
+from commlib.cuda.decode import most_decode_rows, packet_room
 from commlib.cuda.driver import Event
 from commlib.cuda.host_page import HostPage
 from commlib.cuda.launch import MAX_PARTS, message_packets, plan_packets
@@ -115,7 +115,8 @@ class Regions:
     def latency_sizes(self) -> dict[str, int]:
         """Bytes and offsets inside a slot, see LatencyRegions in native/cuda/latency.cuh."""
         config, row_bytes = self.config, 2 * self.config.hidden
-        weights_offset = max(plan_packets(row_bytes, is_cast=is_cast).slot_bytes for is_cast in (False, True))
+        room = packet_room(config, self.num_ranks)
+        weights_offset = max(plan_packets(row_bytes, room, is_cast=is_cast).slot_bytes for is_cast in (False, True))
         return {
             "weights_offset": weights_offset,
             "slot_bytes": align_up(weights_offset + 8 * config.num_topk, 128),

@@ -215,13 +215,14 @@ class Comparison:
     # ---- times
 
     def measure(self) -> None:
-        """All ways in turn, a first time unmeasured."""
+        """All ways in turn, another one first each time; the first turn is not measured."""
         watch = self._trainer.watch = Stopwatch(self._arguments.device)
         steps = self._trainer.train(self._trainer.config.steps)
         laps: dict[str, list[list[float]]] = {way.name: [] for way in WAYS}
         with self._choices.repeated():
             for turn in range(1 + self._arguments.turns):
-                for way in WAYS:
+                first = turn % len(WAYS)
+                for way in (*WAYS[first:], *WAYS[:first]):
                     self._set(way)
                     self._ranks.barrier(60)
                     watch.mark()

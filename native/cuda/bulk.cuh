@@ -6,67 +6,6 @@
 
 namespace commlib::cuda {
 
-__device__ inline uint32_t shared_address(const void* pointer) {
-  return uint32_t(__cvta_generic_to_shared(pointer));
-}
-
-__device__ inline void bulk_load(void* stage, const void* from, uint32_t bytes, uint64_t* ready) {
-  asm volatile(
-      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(ready)),
-      "r"(bytes)
-      : "memory");
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-          "r"(shared_address(stage)),
-      "l"(from), "r"(bytes), "r"(shared_address(ready))
-      : "memory");
-}
-
-__device__ inline void bulk_store(void* to, const void* stage, uint32_t bytes) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to),
-               "r"(shared_address(stage)), "r"(bytes)
-               : "memory");
-}
-
-__device__ inline void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-
-// All but the newest N groups of this thread have read their shared memory.
-template <int N>
-__device__ inline void bulk_wait_read() {
-  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");
-}
-
-// All but the newest N groups of this thread are complete: their writes are visible to this thread.
-template <int N>
-__device__ inline void bulk_wait() {
-  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(N) : "memory");
-}
-
-// Orders this thread's ordinary accesses of global (shared) memory before later bulk copies of it.
-// The fence over all memory would wait for the stores under way, too.
-__device__ inline void fence_async_global() {
-  asm volatile("fence.proxy.async.global;" ::: "memory");
-}
-__device__ inline void fence_async_shared() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
-__device__ inline void init_barrier(uint64_t* barrier) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
-}
-
-// Ends by itself: it waits for bulk loads from own memory only.
-__device__ inline void wait_barrier(uint64_t* barrier, uint32_t parity) {
-  uint32_t is_done = 0;
-  while (is_done == 0)
-    asm volatile(
-        "{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, "
-        "p;}"
-        : "=r"(is_done)
-        : "r"(shared_address(barrier)), "r"(parity)
-        : "memory");
-}
-
 struct NoTransform {
   __device__ uint32_t operator()(uint8_t*, uint32_t bytes, int) const { return bytes; }
 };
@@ -99,7 +38,7 @@ struct RowPipe {
     lengths = reinterpret_cast<uint32_t*>(ready + kStages);
     if (lane_id() == 0)
       for (int s = 0; s < kStages; ++s) init_barrier(ready + s);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    fence_barrier_init();
     __syncwarp();
   }
 

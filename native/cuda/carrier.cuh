@@ -31,8 +31,7 @@ __device__ inline WarpMemory carve_rows(uint32_t piece_bytes, uint32_t cast, uin
       cast == kNoCast ? 0 : kTargets + kStages * scale_area_bytes(piece_bytes);
   const uint32_t warp_bytes =
       uint32_t(align_up(pipe_bytes + Tellers::kBytes + cast_bytes, Pipe::kAlignment));
-  uint32_t given;
-  asm("mov.u32 %0, %dynamic_smem_size;" : "=r"(given));
+  const uint32_t given = dynamic_shared_bytes();
   if (blockDim.x / 32 * warp_bytes > given) __trap();
   uint8_t* mine = memory + uint32_t(warp_id()) * warp_bytes;
   WarpMemory own;

@@ -10,7 +10,7 @@ extern "C" __global__ void __launch_bounds__(512, 1)
     latency_dispatch(const __grid_constant__ Mesh mesh,
                      const __grid_constant__ LatencyRegions regions,
                      const __grid_constant__ LatencyDispatchCall call) {
-  extern __shared__ __align__(128) uint8_t memory[];
+  uint8_t* memory = dynamic_shared();
   RowWarp own = carve_rows(call.piece_bytes, memory, call.shared_offset);
   const PartTasks tasks(call.phases & kSend ? call.num_tokens : 0, parts_of(call));
   // Loads go ahead; nothing is stored before there is room for it.
@@ -34,6 +34,7 @@ extern "C" __global__ void __launch_bounds__(512, 1)
     __syncthreads();  // the choices are clear
     if (!read_choices(mesh, regions, call, choices, received)) return;
     Places places(mesh, choices);
+    if (places.end(mesh) > memory + dynamic_shared_bytes()) __trap();
     Intake intake(mesh, regions, call, choices, own, received);
     if (!places.is_bad) intake.find();  // its loads pass the time
     settle_places(mesh, regions, call, choices, received, &places);

@@ -29,6 +29,9 @@ struct Places {
         __any_sync(0xffffffffu, source < mesh.num_ranks && choices.errors[source] != kNoError) != 0;
   }
   __device__ bool is_void() const { return is_bad || is_over; }  // nothing is there
+  __device__ const uint8_t* end(const Mesh& mesh) const {
+    return reinterpret_cast<const uint8_t*>(start + mesh.experts_per_rank);
+  }
   __device__ uint32_t first_row(const Mesh& mesh, int source, int expert) const {
     return choices.bases[expert / 32] + first[source * mesh.experts_per_rank + expert];
   }

@@ -48,7 +48,7 @@ struct PiecePipe {
     stage_bytes = bytes;
     if (lane_id() == 0)
       for (uint32_t s = 0; s < kStages; ++s) init_barrier(ready + s);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    fence_barrier_init();
     __syncwarp();
   }
   __device__ uint8_t* stage(uint32_t number) const {

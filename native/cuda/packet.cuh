@@ -9,34 +9,8 @@ namespace commlib::cuda {
 
 constexpr uint32_t kPacketPayload = 12;
 
-struct Packet {
-  uint32_t words[3];
-  uint32_t epoch;
-};
-static_assert(sizeof(Packet) == 16);
-
 __host__ __device__ constexpr uint32_t packets_of(uint32_t bytes) {
   return (bytes + kPacketPayload - 1) / kPacketPayload;
-}
-
-// One access of 128 bits: a vector of words might come apart (PTX, memory consistency model).
-__device__ inline void store_packet(Packet* to, const Packet& packet) {
-  asm volatile(
-      "{.reg .b64 low, high; .reg .b128 all; mov.b64 low, {%1, %2}; mov.b64 high, {%3, %4}; "
-      "mov.b128 all, {low, high}; st.relaxed.sys.global.b128 [%0], all;}" ::"l"(to),
-      "r"(packet.words[0]), "r"(packet.words[1]), "r"(packet.words[2]), "r"(packet.epoch)
-      : "memory");
-}
-
-__device__ inline Packet load_packet(const Packet* from) {
-  Packet packet;
-  asm volatile(
-      "{.reg .b64 low, high; .reg .b128 all; ld.relaxed.sys.global.b128 all, [%4]; "
-      "mov.b128 {low, high}, all; mov.b64 {%0, %1}, low; mov.b64 {%2, %3}, high;}"
-      : "=r"(packet.words[0]), "=r"(packet.words[1]), "=r"(packet.words[2]), "=r"(packet.epoch)
-      : "l"(from)
-      : "memory");
-  return packet;
 }
 
 // Partner: store_packet at the writer. False: the Runtime is faulty.

@@ -123,8 +123,7 @@ __device__ inline WarpMemory carve_sums(uint32_t piece_bytes, uint8_t* memory) {
   const uint32_t pipe_bytes = kStages * piece_bytes + uint32_t(align_up(Pipe::kTableBytes, 16));
   const uint32_t warp_bytes =
       uint32_t(align_up(pipe_bytes + Tellers::kBytes + kStages * 8, Pipe::kAlignment));
-  uint32_t given;
-  asm("mov.u32 %0, %dynamic_smem_size;" : "=r"(given));
+  const uint32_t given = dynamic_shared_bytes();
   if (blockDim.x / 32 * warp_bytes > given || piece_bytes > kVectors * 512) __trap();
   uint8_t* mine = memory + uint32_t(warp_id()) * warp_bytes;
   WarpMemory own;

@@ -177,8 +177,7 @@ template <typename T>
 __device__ float* carve_aside(uint8_t* memory) {
   constexpr uint32_t kBytes = kVectors * Vector<T>::kColumns * 32 * 4;
   const uint32_t warps = blockDim.x / 32;
-  uint32_t given;
-  asm("mov.u32 %0, %dynamic_smem_size;" : "=r"(given));
+  const uint32_t given = dynamic_shared_bytes();
   return reinterpret_cast<float*>(memory + given - (warps - uint32_t(warp_id())) * kBytes);
 }
 

@@ -3,29 +3,11 @@
 
 #include "common/atomics.hpp"
 #include "cuda/params.cuh"
+#include "cuda/ptx.cuh"
 
 namespace commlib::cuda {
 
 using commlib::load_acquire;
-
-__device__ inline uint32_t load_acquire(const uint32_t* word) {
-  uint32_t value;
-  asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
-  return value;
-}
-
-__device__ inline void store_relaxed(uint32_t* word, uint32_t value) {
-  asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
-}
-
-__device__ inline void fence_system() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
-__device__ inline void fence_device() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
-
-__device__ inline uint64_t now_ns() {
-  uint64_t ns;
-  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(ns));
-  return ns;
-}
 
 __device__ inline int lane_id() { return int(threadIdx.x % 32); }
 __device__ inline int warp_id() { return int(threadIdx.x / 32); }

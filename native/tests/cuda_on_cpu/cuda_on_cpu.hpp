@@ -1,22 +1,26 @@
-// Enough of CUDA C++ to run simple kernels on a CPU: a thread per CUDA thread, one block after the
-// other. Finds wrong indices; says nothing about speed or memory order. Include it before the
-// kernels.
+// Enough of CUDA C++ to run kernels on a CPU: a thread per CUDA thread. Blocks run one after the
+// other, or all blocks of several ranks' kernels together. Finds wrong indices, and ranks that wait
+// for each other in vain; says nothing about speed or memory order. Include it before the kernels.
 #pragma once
 
 #include <algorithm>
 #include <barrier>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <thread>
 #include <vector>
 
 #define __device__
+#define __host__
 #define __global__
+#define __grid_constant__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __shared__ static  // there is one block at a time
+#define __shared__ static  // of kernels whose blocks run one after the other
 
 struct uint2 {
   uint32_t x, y;
@@ -25,6 +29,7 @@ struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
 inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 
 struct Dim {
   unsigned x = 1;
@@ -32,6 +37,7 @@ struct Dim {
 inline thread_local Dim threadIdx, blockIdx;
 inline Dim blockDim, gridDim;
 
+using std::isfinite;
 using std::max;
 using std::min;
 
@@ -55,57 +61,146 @@ inline uint32_t __vmaxu2(uint32_t x, uint32_t y) {
   return max(x >> 16, y >> 16) << 16 | max(x & 0xffffu, y & 0xffffu);
 }
 
+inline uint32_t __umulhi(uint32_t x, uint32_t y) { return uint32_t(uint64_t(x) * y >> 32); }
+inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
+[[noreturn]] inline void __trap() { std::abort(); }
+
+inline uint32_t atomicAdd(uint32_t* word, uint32_t value) {
+  return __atomic_fetch_add(word, value, __ATOMIC_RELAXED);
+}
+inline uint32_t atomicOr(uint32_t* word, uint32_t value) {
+  return __atomic_fetch_or(word, value, __ATOMIC_RELAXED);
+}
+inline uint32_t atomicExch(uint32_t* word, uint32_t value) {
+  return __atomic_exchange_n(word, value, __ATOMIC_RELAXED);
+}
+inline unsigned long long atomicMin(unsigned long long* word, unsigned long long value) {
+  unsigned long long old = __atomic_load_n(word, __ATOMIC_RELAXED);
+  while (value < old && !__atomic_compare_exchange_n(word, &old, value, false, __ATOMIC_RELAXED,
+                                                     __ATOMIC_RELAXED)) {
+  }
+  return old;
+}
+
 namespace cuda_on_cpu {
 
 struct Warp {
   std::barrier<> barrier{32};
-  uint32_t values[32];
+  uint64_t values[32];
 };
-inline std::vector<std::unique_ptr<Warp>> warps;
-inline std::unique_ptr<std::barrier<>> block;
 
-inline Warp& warp() { return *warps[threadIdx.x / 32]; }
+struct Block {
+  explicit Block(unsigned num_threads, size_t shared_bytes)
+      : barrier(num_threads), votes(num_threads), shared(shared_bytes + 128) {
+    for (unsigned i = 0; i < num_threads / 32; ++i) warps.push_back(std::make_unique<Warp>());
+  }
+  std::barrier<> barrier;
+  std::vector<uint8_t> votes;
+  std::vector<uint8_t> shared;  // dynamic; with room to align it
+  std::vector<std::unique_ptr<Warp>> warps;
+};
+inline thread_local Block* block;
+
+inline Warp& warp() { return *block->warps[threadIdx.x / 32]; }
 
 // `read(values of all lanes)` between two barriers.
 template <typename Read>
-uint32_t exchange(uint32_t value, Read read) {
+auto exchange(uint64_t value, Read read) {
   Warp& mine = warp();
   mine.values[threadIdx.x % 32] = value;
   mine.barrier.arrive_and_wait();
-  const uint32_t result = read(mine.values);
+  const auto result = read(mine.values);
   mine.barrier.arrive_and_wait();
   return result;
 }
 
+// Whether all, or any, threads of the block have said yes.
+inline bool vote(bool is_yes, bool all) {
+  block->votes[threadIdx.x] = is_yes;
+  block->barrier.arrive_and_wait();
+  const auto& votes = block->votes;
+  const auto yes = std::count(votes.begin(), votes.end(), uint8_t(1));
+  block->barrier.arrive_and_wait();
+  return all ? size_t(yes) == votes.size() : yes > 0;
+}
+
+inline void start(std::vector<std::thread>& threads, Block* where, unsigned number,
+                  const std::function<void()>& kernel) {
+  for (unsigned i = 0; i < blockDim.x; ++i)
+    threads.emplace_back([=] {
+      block = where, threadIdx.x = i, blockIdx.x = number;
+      kernel();
+    });
+}
+
+// One block after the other.
 template <typename Kernel, typename Call>
 void launch(Kernel kernel, const Call& call, unsigned num_blocks, unsigned num_threads) {
   blockDim.x = num_threads, gridDim.x = num_blocks;
   for (unsigned number = 0; number < num_blocks; ++number) {
-    warps.clear();
-    for (unsigned i = 0; i < num_threads / 32; ++i) warps.push_back(std::make_unique<Warp>());
-    block = std::make_unique<std::barrier<>>(num_threads);
+    Block own(num_threads, 0);
     std::vector<std::thread> threads;
-    for (unsigned i = 0; i < num_threads; ++i)
-      threads.emplace_back([=, &call] {
-        threadIdx.x = i, blockIdx.x = number;
-        kernel(call);
-      });
+    start(threads, &own, number, [kernel, &call] { kernel(call); });
     for (std::thread& thread : threads) thread.join();
   }
 }
 
+// A kernel of each rank, all blocks of all of them at once.
+inline void launch_together(const std::vector<std::function<void()>>& kernels, unsigned num_blocks,
+                            unsigned num_threads, size_t shared_bytes) {
+  blockDim.x = num_threads, gridDim.x = num_blocks;
+  std::vector<std::unique_ptr<Block>> blocks;
+  std::vector<std::thread> threads;
+  for (const auto& kernel : kernels)
+    for (unsigned number = 0; number < num_blocks; ++number) {
+      blocks.push_back(std::make_unique<Block>(num_threads, shared_bytes));
+      start(threads, blocks.back().get(), number, kernel);
+    }
+  for (std::thread& thread : threads) thread.join();
+}
+
 }  // namespace cuda_on_cpu
 
-inline void __syncthreads() { cuda_on_cpu::block->arrive_and_wait(); }
+inline void __syncthreads() { cuda_on_cpu::block->barrier.arrive_and_wait(); }
+inline int __syncthreads_and(int is_yes) { return cuda_on_cpu::vote(is_yes != 0, true); }
 inline void __syncwarp() { cuda_on_cpu::warp().barrier.arrive_and_wait(); }
-inline uint32_t __shfl_xor_sync(uint32_t, uint32_t value, uint32_t delta) {
-  const uint32_t other = threadIdx.x % 32 ^ delta;
-  return cuda_on_cpu::exchange(value, [other](const uint32_t* all) { return all[other]; });
+
+// Of 32 or 64 bits.
+template <typename T>
+T __shfl_sync(uint32_t, T value, int lane) {
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof value);
+  bits = cuda_on_cpu::exchange(bits, [lane](const uint64_t* all) { return all[lane & 31]; });
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
 }
-inline float __shfl_xor_sync(uint32_t mask, float value, uint32_t delta) {
-  return __uint_as_float(__shfl_xor_sync(mask, __float_as_uint(value), delta));
+template <typename T>
+T __shfl_xor_sync(uint32_t mask, T value, uint32_t delta) {
+  return __shfl_sync(mask, value, int(threadIdx.x % 32 ^ delta));
+}
+template <typename T>
+T __shfl_up_sync(uint32_t mask, T value, uint32_t delta) {
+  const uint32_t lane = threadIdx.x % 32;
+  return __shfl_sync(mask, value, int(lane < delta ? lane : lane - delta));
+}
+inline uint32_t __ballot_sync(uint32_t, int is_yes) {
+  return cuda_on_cpu::exchange(is_yes != 0, [](const uint64_t* all) {
+    uint32_t bits = 0;
+    for (int i = 0; i < 32; ++i) bits |= uint32_t(all[i]) << i;
+    return bits;
+  });
+}
+inline int __any_sync(uint32_t mask, int is_yes) { return __ballot_sync(mask, is_yes) != 0; }
+inline int __all_sync(uint32_t mask, int is_yes) { return __ballot_sync(mask, is_yes) == ~0u; }
+inline uint32_t __match_any_sync(uint32_t, int value) {
+  return cuda_on_cpu::exchange(uint32_t(value), [value](const uint64_t* all) {
+    uint32_t bits = 0;
+    for (int i = 0; i < 32; ++i) bits |= uint32_t(all[i] == uint32_t(value)) << i;
+    return bits;
+  });
 }
 inline uint32_t __reduce_max_sync(uint32_t, uint32_t value) {
   return cuda_on_cpu::exchange(
-      value, [](const uint32_t* all) { return *std::max_element(all, all + 32); });
+      value, [](const uint64_t* all) { return uint32_t(*std::max_element(all, all + 32)); });
 }

@@ -1,5 +1,5 @@
-// Instructions that CUDA C++ has no word for. Kernels use nothing else of PTX but casts and
-// conversions, so that native/tests/cuda_on_cpu can stand in for this file.
+// Instructions that CUDA C++ has no word for. The kernels that move rows use no other PTX but the
+// casts in e4m3.cuh, so that native/tests/cuda_on_cpu can stand in for both files.
 #pragma once
 
 #include "common/types.hpp"
@@ -121,6 +121,15 @@ __device__ inline void wait_barrier(uint64_t* barrier, uint32_t parity) {
         : "=r"(is_done)
         : "r"(shared_address(barrier)), "r"(parity)
         : "memory");
+}
+
+// ---- numbers
+
+// Rounded to nearest, ties to even; the first in the lower half.
+__device__ inline uint32_t to_bf16x2(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
 }
 
 // ---- the block

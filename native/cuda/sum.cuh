@@ -28,7 +28,7 @@ struct Vector<uint16_t> {  // BF16
     uint32_t words[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(words[i]) : "f"(f[2 * i + 1]), "f"(f[2 * i]));
+      words[i] = to_bf16x2(f[2 * i], f[2 * i + 1]);
     return make_uint4(words[0], words[1], words[2], words[3]);
   }
 };

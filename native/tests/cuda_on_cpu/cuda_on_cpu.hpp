@@ -1,6 +1,7 @@
 // Enough of CUDA C++ to run kernels on a CPU: a thread per CUDA thread. Blocks run one after the
-// other, or all blocks of several ranks' kernels together. Finds wrong indices, and ranks that wait
-// for each other in vain; says nothing about speed or memory order. Include it before the kernels.
+// other, or each in a copy of the library of its own, which is what __shared__ variables ask for.
+// Finds wrong indices, and blocks that wait for each other in vain; says nothing about speed or
+// memory order. Include it before the kernels.
 #pragma once
 
 #include <algorithm>
@@ -9,9 +10,10 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <functional>
 #include <memory>
 #include <thread>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #define __device__
@@ -20,7 +22,7 @@
 #define __grid_constant__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __shared__ static  // of kernels whose blocks run one after the other
+#define __shared__ static
 
 struct uint2 {
   uint32_t x, y;
@@ -28,6 +30,13 @@ struct uint2 {
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
+struct alignas(8) int2 {
+  int x, y;
+};
+struct alignas(16) int4 {
+  int x, y, z, w;
+};
+inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 
@@ -71,6 +80,13 @@ inline uint32_t atomicAdd(uint32_t* word, uint32_t value) {
 }
 inline uint32_t atomicOr(uint32_t* word, uint32_t value) {
   return __atomic_fetch_or(word, value, __ATOMIC_RELAXED);
+}
+inline uint32_t atomicInc(uint32_t* word, uint32_t last) {
+  uint32_t old = __atomic_load_n(word, __ATOMIC_RELAXED);
+  while (!__atomic_compare_exchange_n(word, &old, old >= last ? 0 : old + 1, false,
+                                      __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
+  return old;
 }
 inline uint32_t atomicExch(uint32_t* word, uint32_t value) {
   return __atomic_exchange_n(word, value, __ATOMIC_RELAXED);
@@ -125,39 +141,37 @@ inline bool vote(bool is_yes, bool all) {
   return all ? size_t(yes) == votes.size() : yes > 0;
 }
 
-inline void start(std::vector<std::thread>& threads, Block* where, unsigned number,
-                  const std::function<void()>& kernel) {
+// Runs one block of a kernel to its end.
+template <typename... Calls>
+void run_block(void (*kernel)(Calls...), unsigned number, size_t shared_bytes,
+               const std::remove_cvref_t<Calls>&... calls) {
+  Block own(blockDim.x, shared_bytes);
+  std::vector<std::thread> threads;
   for (unsigned i = 0; i < blockDim.x; ++i)
-    threads.emplace_back([=] {
-      block = where, threadIdx.x = i, blockIdx.x = number;
-      kernel();
+    threads.emplace_back([&, i] {
+      block = &own, threadIdx.x = i, blockIdx.x = number;
+      kernel(calls...);
     });
+  for (std::thread& thread : threads) thread.join();
+}
+
+// The same for structs as a launch through the driver has them: a pointer to each.
+template <typename... Calls>
+void run_block_of(void (*kernel)(Calls...), unsigned number, unsigned num_blocks,
+                  unsigned num_threads, size_t shared_bytes, const void* const* structs) {
+  blockDim.x = num_threads, gridDim.x = num_blocks;
+  [&]<size_t... I>(std::index_sequence<I...>) {
+    run_block(kernel, number, shared_bytes,
+              *static_cast<const std::remove_cvref_t<Calls>*>(structs[I])...);
+  }(std::index_sequence_for<Calls...>{});
 }
 
 // One block after the other.
-template <typename Kernel, typename Call>
-void launch(Kernel kernel, const Call& call, unsigned num_blocks, unsigned num_threads) {
+template <typename Call>
+void launch(void (*kernel)(Call), const std::remove_cvref_t<Call>& call, unsigned num_blocks,
+            unsigned num_threads) {
   blockDim.x = num_threads, gridDim.x = num_blocks;
-  for (unsigned number = 0; number < num_blocks; ++number) {
-    Block own(num_threads, 0);
-    std::vector<std::thread> threads;
-    start(threads, &own, number, [kernel, &call] { kernel(call); });
-    for (std::thread& thread : threads) thread.join();
-  }
-}
-
-// A kernel of each rank, all blocks of all of them at once.
-inline void launch_together(const std::vector<std::function<void()>>& kernels, unsigned num_blocks,
-                            unsigned num_threads, size_t shared_bytes) {
-  blockDim.x = num_threads, gridDim.x = num_blocks;
-  std::vector<std::unique_ptr<Block>> blocks;
-  std::vector<std::thread> threads;
-  for (const auto& kernel : kernels)
-    for (unsigned number = 0; number < num_blocks; ++number) {
-      blocks.push_back(std::make_unique<Block>(num_threads, shared_bytes));
-      start(threads, blocks.back().get(), number, kernel);
-    }
-  for (std::thread& thread : threads) thread.join();
+  for (unsigned number = 0; number < num_blocks; ++number) run_block(kernel, number, 0, call);
 }
 
 }  // namespace cuda_on_cpu
@@ -204,3 +218,19 @@ inline uint32_t __reduce_max_sync(uint32_t, uint32_t value) {
   return cuda_on_cpu::exchange(
       value, [](const uint64_t* all) { return uint32_t(*std::max_element(all, all + 32)); });
 }
+inline uint32_t __reduce_add_sync(uint32_t, uint32_t value) {
+  return cuda_on_cpu::exchange(value, [](const uint64_t* all) {
+    uint32_t sum = 0;
+    for (int i = 0; i < 32; ++i) sum += uint32_t(all[i]);
+    return sum;
+  });
+}
+inline int __reduce_min_sync(uint32_t, int value) {
+  return cuda_on_cpu::exchange(uint32_t(value), [](const uint64_t* all) {
+    int least = int(uint32_t(all[0]));
+    for (int i = 1; i < 32; ++i) least = min(least, int(uint32_t(all[i])));
+    return least;
+  });
+}
+inline void __nanosleep(unsigned) { std::this_thread::yield(); }
+inline float __fadd_rn(float x, float y) { return x + y; }

@@ -81,6 +81,13 @@ void bulk_wait() {}
 inline void fence_async_global() {}
 inline void fence_async_shared() {}
 
+inline uint32_t to_bf16(float value) {
+  uint32_t bits = __float_as_uint(value);
+  if (std::isnan(value)) return 0x7fff;
+  return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+inline uint32_t to_bf16x2(float low, float high) { return to_bf16(low) | to_bf16(high) << 16; }
+
 inline uint8_t* dynamic_shared() {
   const auto start = reinterpret_cast<uintptr_t>(cuda_on_cpu::block->shared.data());
   return reinterpret_cast<uint8_t*>(align_up(start, 128));

@@ -1,0 +1,168 @@
+"""The GPU executor with kernels that run on this CPU (kernels_on_cpu.py): ranks are threads of one process."""
+
+from __future__ import annotations
+
+import mmap
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any, TypeVar
+
+import numpy as np
+import pytest
+import torch
+from kernels_on_cpu import CpuKernels
+
+import commlib.cuda.dispatching as dispatching_module
+import commlib.cuda.engine as engine_module
+import commlib.cuda.queue as queue_module
+from commlib.config import RuntimeConfig
+from commlib.cuda.combining import CombineOps
+from commlib.cuda.dispatching import DispatchOps
+from commlib.cuda.engine import CudaEngine
+from commlib.cuda.kernels import WORKSPACE_BYTES, make_mesh
+from commlib.cuda.latency import LatencyOps
+from commlib.cuda.launch import Tuning, settle_bytes
+from commlib.cuda.memory import Heap, Regions, Slab
+from commlib.cuda.params import FaultNote, HostResult, Workspace, sizeof
+from commlib.cuda.watch import Watch
+from commlib.topology import Topology
+
+_T = TypeVar("_T")
+
+# Fewer warps than on a GPU: every lane is a thread here. Two of each kind, so that they share work.
+TUNING = Tuning(
+    dispatch_warps=2, push_warps=1, cast_push_warps=1, rows_push_warps=2,
+    combine_warps=3, final_warps=1, rows_final_warps=1,
+)  # fmt: skip
+_LATENCY_THREADS = 64
+
+
+class NoEvent:
+    """Launches return when kernels have ended."""
+
+    def record(self, stream: int) -> None:
+        pass
+
+    def wait(self, stream: int) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
+class _SlabBytes(np.ndarray[Any, Any]):
+    slab: Slab
+
+
+def slab_bytes(address: int, num_bytes: int, slab: Slab) -> np.ndarray:
+    """In place of ArenaBytes: memory that keeps its slab."""
+    heap: Any = slab._heap
+    first = address - heap.memory.ctypes.data
+    piece = heap.memory[first : first + num_bytes].view(_SlabBytes)
+    piece.slab = slab
+    return piece
+
+
+class HostHeap(Heap):
+    def __init__(self, num_bytes: int) -> None:
+        self.memory = np.frombuffer(mmap.mmap(-1, num_bytes), dtype=np.uint8)
+        super().__init__(self.memory.ctypes.data, num_bytes)
+
+
+class HostBuffers:
+    """`commlib.cuda.kernels.Buffers` in memory of this process."""
+
+    def __init__(self, config: RuntimeConfig, num_ranks: int, num_blocks: int) -> None:
+        self._num_results = 8
+        self.workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8)
+        first = Workspace.input_error.offset
+        self.workspace[first : first + 8] = 255
+        self.slots = torch.empty(config.max_tokens * config.num_topk * 2, dtype=torch.int32)
+        self.block_base = torch.empty(num_blocks * (config.num_experts + num_ranks), dtype=torch.int32)
+        self.slots_address, self.block_base_address = self.slots.data_ptr(), self.block_base.data_ptr()
+        self.tail_words = num_ranks**2 + config.num_experts // num_ranks + config.num_experts
+        self._result_bytes = -(-(sizeof(HostResult) + 4 * self.tail_words) // 64) * 64
+        self._memory = torch.zeros((self._num_results + 3) * self._result_bytes, dtype=torch.uint8)
+        self.board_address = self._memory.data_ptr()
+        self.scratch_address = self.board_address + self._result_bytes
+        self.refused_address = self.scratch_address + self._result_bytes
+        self.board = FaultNote.from_address(self.board_address)
+        self.refused = HostResult.from_address(self.refused_address)
+
+    def result_address(self, ticket: int) -> int:
+        return self.refused_address + (1 + ticket % self._num_results) * self._result_bytes
+
+    def overflowed(self) -> torch.Tensor:
+        first = Workspace.overflowed.offset
+        return self.workspace[first : first + 4].view(torch.int32)
+
+
+class CpuEngine(CudaEngine):
+    """Made by `World`, which fills in the other ranks' memory."""
+
+    def __init__(self, rank: int, num_ranks: int, config: RuntimeConfig, kernels: CpuKernels) -> None:
+        self.config, self.rank, self.num_ranks = config, rank, num_ranks
+        self.num_sms = self.num_local_sms = config.num_sms
+        self.device, self.topology, self.tiers = torch.device("cpu"), Topology((0,) * num_ranks), None
+        self.tuning, self.marks = TUNING, None
+        self._kernels_on_cpu = kernels
+        self._id, self._ticket, self._is_closed = 1, 0, False
+        self._unsettled, self._not_received, self._captured = [], [], []
+        self._experts_per_rank = config.num_experts // num_ranks
+        self._settle_bytes = settle_bytes(config.num_experts, num_ranks)
+        regions = Regions(config, num_ranks)
+        self.buffers: Any = HostBuffers(config, num_ranks, config.num_sms)
+        self._control = np.frombuffer(mmap.mmap(-1, regions.total_bytes), dtype=np.uint8)
+        heap = HostHeap(config.arena_bytes or 4 << 20)
+        self.arena: Any = SimpleNamespace(regions=regions, heap=heap, control_address=self._control.ctypes.data)
+        page: Any = SimpleNamespace(lost_peer=lambda: None)
+        self._watch = Watch(rank, num_ranks, config, page, self.arena, self.buffers, None)
+        self.mesh = make_mesh(config, rank, num_ranks, regions, self.buffers)
+        self._last_stream = None
+        self._last_event, self._join_event, self._stream = NoEvent(), NoEvent(), SimpleNamespace(cuda_stream=1)
+        self._slabs = weakref.WeakValueDictionary()
+        self._dispatches, self._combines, self._latency = DispatchOps(self), CombineOps(self), None
+        if config.decode_tokens is not None:
+            self._latency = LatencyOps(self)
+
+    def current_stream(self) -> int:
+        return 0
+
+    def launch(self, stream: int, call: Any) -> None:
+        threads = _LATENCY_THREADS if call.name.startswith("latency") else call.threads
+        self._kernels_on_cpu.run(call.name, call.blocks, threads, call.shared_bytes, call.arguments.structs)
+
+
+class World:
+    """Engines of ranks that share one node."""
+
+    def __init__(self, kernels: CpuKernels, num_ranks: int, **options: Any) -> None:
+        self.config = RuntimeConfig(timeout_s=options.pop("timeout_s", 60.0), **options)
+        self.engines = [CpuEngine(rank, num_ranks, self.config, kernels) for rank in range(num_ranks)]
+        self._ranks = ThreadPoolExecutor(num_ranks)
+        for engine in self.engines:
+            engine.mesh.base[:num_ranks] = [each.arena.control_address for each in self.engines]
+            engine.mesh.heap[:num_ranks] = [each.arena.heap.address for each in self.engines]
+
+    def each(self, function: Callable[[CpuEngine, int], _T]) -> list[_T]:
+        """`function(engine, rank)` on all ranks at once; the results, or what they raised, as `Exception` objects."""
+
+        def call(engine: CpuEngine, rank: int) -> Any:
+            try:
+                return function(engine, rank)
+            except Exception as error:
+                return error
+
+        return list(self._ranks.map(call, self.engines, range(len(self.engines))))
+
+
+@pytest.fixture
+def without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the engine asks of torch's CUDA and of the driver, for launches that are over when they return."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
+    monkeypatch.setattr(engine_module, "bind_context", lambda device: None)
+    monkeypatch.setattr(queue_module, "Event", NoEvent)
+    monkeypatch.setattr(dispatching_module, "ArenaBytes", slab_bytes)

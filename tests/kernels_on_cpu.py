@@ -25,6 +25,7 @@ UNITS = {
     "dispatch": ("dispatch",),
     "combine": ("combine_bf16", "combine_f32"),
     "latency_dispatch": ("latency_dispatch",),
+    "latency_combine": ("latency_combine",),
 }
 _DYNAMIC = "extern __shared__ __align__(128) uint8_t memory[];"
 _RUN = """

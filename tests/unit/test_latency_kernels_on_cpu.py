@@ -1,4 +1,4 @@
-"""Dispatch of the latency regime, its kernel compiled for this CPU: all ranks against the oracle, without a GPU."""
+"""The latency regime, its kernels compiled for this CPU: all ranks against the oracle, without a GPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from commlib import reference
 from commlib.cuda.params import FaultNote
 from commlib.errors import ConfigError
-from commlib.executor import DispatchCall
+from commlib.executor import CombineCall, DispatchCall
 from commlib.handle import Dispatched
 from commlib.layout import record_bytes
 from commlib.testing.payloads import random_payload
@@ -81,6 +81,34 @@ def check(world: World, work: Workload, xs: list[Tensor], results: list[Dispatch
         check_handle(world, work, rank, got, want.source)
 
 
+def check_combine(world: World, work: Workload, xs: list[Tensor], results: list[Dispatched], alignment: int) -> None:
+    """Made-up rows of experts, with their weights and without; padding and what nobody sent are NaNs."""
+    expected = reference.dispatch(
+        xs, work.topk_idx, work.topk_weights, work.num_experts, layout="grouped", expert_alignment=alignment
+    )
+    ys = [random_payload(r, len(want.source), xs[0].shape[1], torch.bfloat16, 9) for r, want in enumerate(expected)]
+    given = [torch.full_like(got.x, torch.nan, dtype=torch.bfloat16) for got in results]
+    for rows, y, want in zip(given, ys, expected, strict=True):
+        y[want.source[:, 0] < 0] = torch.nan
+        rows[: len(y)] = y
+    for is_weighted in (True, False):
+        weights = [want.row_weights for want in expected] if is_weighted else None
+        wanted = reference.combine(ys, expected, work.topk_idx, work.num_experts, [0] * len(ys), weights=weights)
+        outs = world.each(
+            lambda engine, rank, is_weighted=is_weighted: engine.combine(
+                CombineCall(
+                    y=given[rank],
+                    handle=results[rank].handle,
+                    weights=results[rank].row_weights if is_weighted else None,
+                )
+            )
+        )
+        for out, (want, _) in zip(outs, wanted, strict=True):
+            if isinstance(out, Exception):
+                raise out
+            assert torch.equal(out.x.view(torch.uint8), want.view(torch.uint8))
+
+
 def check_handle(world: World, work: Workload, rank: int, got: Dispatched, source: Tensor) -> None:
     """What combine reads: the rows of every token that came, and the ranks that own tokens went to."""
     native, topk = got.handle._native, work.num_topk
@@ -112,7 +140,7 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("ranks, experts, topk, tokens, hidden, blocks", SHAPES)
-def test_dispatch(
+def test_there_and_back(
     kernels: CpuKernels, ranks: int, experts: int, topk: int, tokens: int, hidden: int, blocks: int
 ) -> None:
     """One operation after the other in the same slots: kinds of rows, workloads, alignments."""
@@ -129,6 +157,8 @@ def test_dispatch(
         xs = [random_payload(r, count, hidden, torch.bfloat16, seed) for r, count in enumerate(work.num_tokens)]
         results = dispatch(world, calls_of(work, xs, fp8=fp8, expert_alignment=alignment))
         check(world, work, xs, results, alignment, fp8)
+        if seed in (0, 3):
+            check_combine(world, work, xs, results, alignment)
 
 
 @pytest.fixture

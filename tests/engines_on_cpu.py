@@ -66,23 +66,29 @@ def slab_bytes(address: int, num_bytes: int, slab: Slab) -> np.ndarray:
 
 
 class HostHeap(Heap):
-    def __init__(self, num_bytes: int) -> None:
-        self.memory = np.frombuffer(mmap.mmap(-1, num_bytes), dtype=np.uint8)
-        super().__init__(self.memory.ctypes.data, num_bytes)
+    def __init__(self, memory: np.ndarray[Any, Any]) -> None:
+        self.memory = memory
+        super().__init__(memory.ctypes.data, len(memory))
+
+
+def private_memory(num_bytes: int) -> np.ndarray[Any, Any]:
+    """Zeros, page-aligned."""
+    return np.frombuffer(mmap.mmap(-1, num_bytes), dtype=np.uint8)
 
 
 class HostBuffers:
     """`commlib.cuda.kernels.Buffers` in memory of this process."""
 
-    def __init__(self, config: RuntimeConfig, num_ranks: int, num_blocks: int) -> None:
+    def __init__(self, config: RuntimeConfig, num_ranks: int, num_nodes: int) -> None:
         self._num_results = 8
         self.workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8)
         first = Workspace.input_error.offset
         self.workspace[first : first + 8] = 255
         self.slots = torch.empty(config.max_tokens * config.num_topk * 2, dtype=torch.int32)
-        self.block_base = torch.empty(num_blocks * (config.num_experts + num_ranks), dtype=torch.int32)
+        self.block_base = torch.empty(config.num_sms * (config.num_experts + num_ranks), dtype=torch.int32)
+        self.node_masks = torch.empty(config.max_tokens, dtype=torch.int32)
         self.slots_address, self.block_base_address = self.slots.data_ptr(), self.block_base.data_ptr()
-        self.tail_words = num_ranks**2 + config.num_experts // num_ranks + config.num_experts
+        self.tail_words = num_ranks**2 + config.num_experts // num_ranks + config.num_experts + num_ranks * num_nodes
         self._result_bytes = -(-(sizeof(HostResult) + 4 * self.tail_words) // 64) * 64
         self._memory = torch.zeros((self._num_results + 3) * self._result_bytes, dtype=torch.uint8)
         self.board_address = self._memory.data_ptr()
@@ -100,31 +106,50 @@ class HostBuffers:
 
 
 class CpuEngine(CudaEngine):
-    """Made by `World`, which fills in the other ranks' memory."""
+    """Whoever makes it fills in where the other ranks' memory is: `mesh.base`, `mesh.heap`.
 
-    def __init__(self, rank: int, num_ranks: int, config: RuntimeConfig, kernels: CpuKernels) -> None:
+    Args:
+        rank, config: of the engine.
+        topology: of all ranks.
+        kernels: that run.
+        allocate: memory that the ranks of the node see.
+        tiers: of several nodes.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        config: RuntimeConfig,
+        topology: Topology,
+        kernels: CpuKernels,
+        allocate: Callable[[int], np.ndarray[Any, Any]] = private_memory,
+        tiers: Any = None,
+    ) -> None:
+        num_ranks, num_nodes = topology.num_ranks, topology.num_nodes
         self.config, self.rank, self.num_ranks = config, rank, num_ranks
         self.num_sms = self.num_local_sms = config.num_sms
-        self.device, self.topology, self.tiers = torch.device("cpu"), Topology((0,) * num_ranks), None
+        self.device, self.topology, self.tiers = torch.device("cpu"), topology, tiers
         self.tuning, self.marks = TUNING, None
         self._kernels_on_cpu = kernels
         self._id, self._ticket, self._is_closed = 1, 0, False
         self._unsettled, self._not_received, self._captured = [], [], []
         self._experts_per_rank = config.num_experts // num_ranks
         self._settle_bytes = settle_bytes(config.num_experts, num_ranks)
-        regions = Regions(config, num_ranks)
-        self.buffers: Any = HostBuffers(config, num_ranks, config.num_sms)
-        self._control = np.frombuffer(mmap.mmap(-1, regions.total_bytes), dtype=np.uint8)
-        heap = HostHeap(config.arena_bytes or 4 << 20)
-        self.arena: Any = SimpleNamespace(regions=regions, heap=heap, control_address=self._control.ctypes.data)
+        regions = regions_of(config, topology)
+        self.buffers: Any = HostBuffers(config, num_ranks, num_nodes)
+        self.control = allocate(regions.total_bytes)
+        heap = HostHeap(allocate(config.arena_bytes or 4 << 20))
+        self.arena: Any = SimpleNamespace(regions=regions, heap=heap)
         page: Any = SimpleNamespace(lost_peer=lambda: None)
-        self._watch = Watch(rank, num_ranks, config, page, self.arena, self.buffers, None)
+        self._watch = Watch(rank, num_ranks, config, page, self.arena, self.buffers, tiers)
         self.mesh = make_mesh(config, rank, num_ranks, regions, self.buffers)
+        if tiers is not None:
+            self.mesh.fabric = tiers.view.data_ptr()
         self._last_stream = None
         self._last_event, self._join_event, self._stream = NoEvent(), NoEvent(), SimpleNamespace(cuda_stream=1)
         self._slabs = weakref.WeakValueDictionary()
         self._dispatches, self._combines, self._latency = DispatchOps(self), CombineOps(self), None
-        if config.decode_tokens is not None:
+        if config.decode_tokens is not None and tiers is None:
             self._latency = LatencyOps(self)
 
     def current_stream(self) -> int:
@@ -135,15 +160,21 @@ class CpuEngine(CudaEngine):
         self._kernels_on_cpu.run(call.name, call.blocks, threads, call.shared_bytes, call.arguments.structs)
 
 
+def regions_of(config: RuntimeConfig, topology: Topology) -> Regions:
+    most_local = max(map(topology.num_local_ranks, range(topology.num_ranks)))
+    return Regions(config, topology.num_ranks, topology.num_nodes, most_local)
+
+
 class World:
     """Engines of ranks that share one node."""
 
     def __init__(self, kernels: CpuKernels, num_ranks: int, **options: Any) -> None:
         self.config = RuntimeConfig(timeout_s=options.pop("timeout_s", 60.0), **options)
-        self.engines = [CpuEngine(rank, num_ranks, self.config, kernels) for rank in range(num_ranks)]
+        topology = Topology((0,) * num_ranks)
+        self.engines = [CpuEngine(rank, self.config, topology, kernels) for rank in range(num_ranks)]
         self._ranks = ThreadPoolExecutor(num_ranks)
         for engine in self.engines:
-            engine.mesh.base[:num_ranks] = [each.arena.control_address for each in self.engines]
+            engine.mesh.base[:num_ranks] = [each.control.ctypes.data for each in self.engines]
             engine.mesh.heap[:num_ranks] = [each.arena.heap.address for each in self.engines]
 
     def each(self, function: Callable[[CpuEngine, int], _T]) -> list[_T]:
@@ -157,12 +188,25 @@ class World:
 
         return list(self._ranks.map(call, self.engines, range(len(self.engines))))
 
+    def all(self, function: Callable[[CpuEngine, int], _T]) -> list[_T]:
+        """Like `each`, and raises what the first of them has raised."""
+        results = self.each(function)
+        for result in results:
+            if isinstance(result, Exception):
+                raise result
+        return results
 
-@pytest.fixture
-def without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+
+def replace_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the engine asks of torch's CUDA and of the driver, for launches that are over when they return."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
     monkeypatch.setattr(engine_module, "bind_context", lambda device: None)
     monkeypatch.setattr(queue_module, "Event", NoEvent)
     monkeypatch.setattr(dispatching_module, "ArenaBytes", slab_bytes)
+
+
+@pytest.fixture
+def without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """See `replace_cuda`."""
+    replace_cuda(monkeypatch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
+import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,6 +27,8 @@ UNITS = {
     "combine": ("combine_bf16", "combine_f32"),
     "latency_dispatch": ("latency_dispatch",),
     "latency_combine": ("latency_combine",),
+    "tier_dispatch": ("tier_dispatch",),
+    "tier_combine": ("tier_combine_bf16", "tier_combine_f32"),
 }
 _DYNAMIC = "extern __shared__ __align__(128) uint8_t memory[];"
 _RUN = """
@@ -37,13 +40,14 @@ extern "C" void run_{kernel}(unsigned number, unsigned num_blocks, unsigned num_
 
 
 class CpuKernels:
-    """Compiles units when they are first asked for, into a folder; thread-safe."""
+    """Compiles units when they are first asked for and the folder has none yet; thread-safe."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._lock = threading.Lock()
         self._unit_of = {kernel: unit for unit, kernels in UNITS.items() for kernel in kernels}
         self._free: dict[str, list[ctypes.CDLL]] = {}
+        self._copies = tempfile.TemporaryDirectory()
         self._num_copies = 0
         self._blocks = ThreadPoolExecutor(64)
 
@@ -70,18 +74,18 @@ class CpuKernels:
 
     def _take(self, unit: str, count: int) -> list[ctypes.CDLL]:
         with self._lock:
-            if unit not in self._free:
-                self._compile(unit)
-            free = self._free[unit]
+            if not (self._folder / f"{unit}.so").exists():
+                self.compile(unit)
+            free = self._free.setdefault(unit, [])
             while len(free) < count:
-                copy = self._folder / f"{unit}-{self._num_copies}.so"
+                copy = Path(self._copies.name) / f"{unit}-{self._num_copies}.so"
                 self._num_copies += 1
                 shutil.copy(self._folder / f"{unit}.so", copy)
                 free.append(ctypes.CDLL(str(copy)))
             taken, self._free[unit] = free[:count], free[count:]
             return taken
 
-    def _compile(self, unit: str) -> None:
+    def compile(self, unit: str) -> None:
         text = (NATIVE / "cuda" / f"{unit}.cu").read_text().replace(_DYNAMIC, "uint8_t* memory = dynamic_shared();")
         source = self._folder / f"{unit}.cc"
         runs = [_RUN.format(kernel=kernel) for kernel in UNITS[unit]]
@@ -89,4 +93,3 @@ class CpuKernels:
         command = ["g++", *OPTIONS, "-o", str(self._folder / f"{unit}.so"), str(source)]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        self._free[unit] = []

@@ -33,11 +33,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> CpuKernels:
 
 
 def dispatch(world: World, calls: list[DispatchCall]) -> list[Dispatched]:
-    results = world.each(lambda engine, rank: engine.dispatch(calls[rank]))
-    for result in results:
-        if isinstance(result, Exception):
-            raise result
-    return results
+    return world.all(lambda engine, rank: engine.dispatch(calls[rank]))
 
 
 def guarded(tensor: Tensor) -> Tensor:
@@ -94,7 +90,7 @@ def check_combine(world: World, work: Workload, xs: list[Tensor], results: list[
     for is_weighted in (True, False):
         weights = [want.row_weights for want in expected] if is_weighted else None
         wanted = reference.combine(ys, expected, work.topk_idx, work.num_experts, [0] * len(ys), weights=weights)
-        outs = world.each(
+        outs = world.all(
             lambda engine, rank, is_weighted=is_weighted: engine.combine(
                 CombineCall(
                     y=given[rank],
@@ -104,8 +100,6 @@ def check_combine(world: World, work: Workload, xs: list[Tensor], results: list[
             )
         )
         for out, (want, _) in zip(outs, wanted, strict=True):
-            if isinstance(out, Exception):
-                raise out
             assert torch.equal(out.x.view(torch.uint8), want.view(torch.uint8))
 
 

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from engines_on_cpu import World, without_cuda
 from kernels_on_cpu import CpuKernels
-from torch import Tensor
+from row_cases import Case, check_bits
 
-from commlib import reference
 from commlib.errors import ConfigError
 from commlib.executor import CombineCall, DispatchCall
 from commlib.handle import Dispatched
 from commlib.testing.payloads import identity_payload, random_payload
-from commlib.testing.workloads import Workload, make_workload
+from commlib.testing.workloads import make_workload
 
 __all__ = ["without_cuda"]
 
@@ -26,86 +24,6 @@ pytestmark = pytest.mark.usefixtures("without_cuda")
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> CpuKernels:
     return CpuKernels(tmp_path_factory.mktemp("kernels"))
-
-
-def bits(actual: Any, expected: Tensor | None, what: str) -> None:
-    if expected is None:
-        assert actual is None, what
-        return
-    assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape), what
-    assert torch.equal(actual.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8)), what
-
-
-class Scene:
-    """One dispatch on all ranks, and what the oracle says of it."""
-
-    def __init__(
-        self, world: World, work: Workload, xs: list[Tensor], layout: str, alignment: int, fp8: str | None
-    ) -> None:
-        self.world, self.work, self.xs, self.layout = world, work, xs, layout
-        self.options = {"layout": layout, "expert_alignment": alignment, "fp8": fp8}
-        self.expected = reference.dispatch(
-            xs, work.topk_idx, work.topk_weights, work.num_experts, layout=layout, expert_alignment=alignment, fp8=fp8
-        )
-
-    def call(self, rank: int, **changes: Any) -> DispatchCall:
-        routing = {"topk_idx": self.work.topk_idx[rank], "topk_weights": self.work.topk_weights[rank]}
-        return DispatchCall(x=self.xs[rank], **{**routing, **self.options, **changes})
-
-    def dispatch(self, **changes: Any) -> list[Dispatched]:
-        results = self.world.each(lambda engine, rank: engine.dispatch(self.call(rank, **changes)))
-        for result in results:
-            if isinstance(result, Exception):
-                raise result
-        return results
-
-    def check(self, results: list[Dispatched], *, is_by_handle: bool = False) -> None:
-        for rank, (got, want) in enumerate(zip(results, self.expected, strict=True)):
-            count, what = len(want.source), f"rank {rank} {self.layout} {self.options}"
-            assert list(got.num_tokens_per_expert) == want.num_tokens_per_expert, what
-            bits(got.x[:count], want.x, what)
-            bits(None if got.scales is None else got.scales[:count], want.scales, what)
-            for name in ("row_weights", "topk_idx", "topk_weights"):
-                have = getattr(got, name)
-                bits(have if have is None else have[:count], None if is_by_handle else getattr(want, name), what)
-
-    def check_combine(
-        self, results: list[Dispatched], dtype: torch.dtype, *, is_weighted: bool, has_grads: bool
-    ) -> None:
-        """Made-up rows of experts; padding holds NaNs that must not be read."""
-        ys, weights, grads = [], [], []
-        for rank, want in enumerate(self.expected):
-            rng = np.random.default_rng([rank, 77])
-            y = random_payload(rank, len(want.source), self.xs[0].shape[1], dtype, 5)
-            y[want.source[:, 0] < 0] = torch.nan
-            ys.append(y)
-            weights.append(torch.from_numpy(rng.uniform(-1, 1, len(y)).astype(np.float32)))
-            shape = (len(y),) if self.layout == "grouped" else (len(y), self.work.num_topk)
-            grads.append(torch.from_numpy(rng.uniform(-1, 1, shape).astype(np.float32)))
-        expected = reference.combine(
-            ys,
-            self.expected,
-            self.work.topk_idx,
-            self.work.num_experts,
-            [0] * len(ys),
-            weights=weights if is_weighted else None,
-            weight_grads=grads if has_grads else None,
-        )
-        found = self.world.each(
-            lambda engine, rank: engine.combine(
-                CombineCall(
-                    y=ys[rank],
-                    handle=results[rank].handle,
-                    weights=weights[rank] if is_weighted else None,
-                    weight_grads=grads[rank] if has_grads else None,
-                )
-            )
-        )
-        for rank, (got, (out, out_grads)) in enumerate(zip(found, expected, strict=True)):
-            if isinstance(got, Exception):
-                raise got
-            bits(got.x, out, f"rank {rank}: combine {self.layout} {dtype} {is_weighted} {has_grads}")
-            bits(got.weight_grads, out_grads, f"rank {rank}: gradients {self.layout}")
 
 
 SHAPES = [
@@ -139,40 +57,48 @@ def test_there_and_back(
             else lambda rank, count, hidden, dtype, _: identity_payload(rank, count, hidden, dtype)
         )
         xs = [make(rank, count, hidden, dtype, seed) for rank, count in enumerate(work.num_tokens)]
-        scene = Scene(world, work, xs, layout, alignment, fp8)
-        results = scene.dispatch()
-        scene.check(results)
-        scene.check_combine(results, torch.bfloat16, is_weighted=True, has_grads=True)
-        scene.check_combine(results, torch.float32, is_weighted=False, has_grads=False)
-        again = world.each(
-            lambda engine, rank, scene=scene, results=results: engine.dispatch(
-                DispatchCall(x=scene.xs[rank], handle=results[rank].handle, fp8=scene.options["fp8"])
-            )
-        )
-        scene.check(again, is_by_handle=True)
+        case = Case(work, xs, [0] * ranks, layout=layout, alignment=alignment, fp8=fp8)
+        results = world.all(lambda engine, rank, case=case: engine.dispatch(case.call(rank)))
+        for rank, got in enumerate(results):
+            case.check(rank, got)
+        for options in (
+            {"dtype": torch.bfloat16, "is_weighted": True, "has_grads": True},
+            {"dtype": torch.float32, "is_weighted": False, "has_grads": False},
+        ):
+            calls = [case.combine_call(rank, got, **options) for rank, got in enumerate(results)]
+            for rank, got in enumerate(world.all(lambda engine, rank, calls=calls: engine.combine(calls[rank]))):
+                case.check_combined(rank, got, **options)
+        calls = [case.call_again(rank, got) for rank, got in enumerate(results)]
+        for rank, got in enumerate(world.all(lambda engine, rank, calls=calls: engine.dispatch(calls[rank]))):
+            case.check(rank, got, is_by_handle=True)
 
 
 @pytest.fixture
-def small(kernels: CpuKernels) -> Scene:
+def small(kernels: CpuKernels) -> tuple[World, Case]:
     world = World(kernels, 2, hidden=128, num_experts=12, num_topk=3, max_tokens=40, num_sms=2)
     work = make_workload("uniform", num_ranks=2, num_experts=12, num_topk=3, num_tokens=20, seed=1)
     xs = [random_payload(rank, count, 128, torch.bfloat16, 1) for rank, count in enumerate(work.num_tokens)]
-    return Scene(world, work, xs, "grouped", 1, None)
+    return world, Case(work, xs, [0, 0])
 
 
-def test_fixed_capacity(small: Scene) -> None:
+def dispatch(world: World, case: Case, **changes: Any) -> list[Dispatched]:
+    return world.all(lambda engine, rank: engine.dispatch(case.call(rank, **changes)))
+
+
+def test_fixed_capacity(small: tuple[World, Case]) -> None:
     """Sizes that no host learns; one row too few on one rank is too few on all."""
-    most = max(len(want.source) for want in small.expected)
-    results = small.dispatch(capacity=most + 3)
-    for got, want in zip(results, small.expected, strict=True):
+    world, case = small
+    most = max(len(want.source) for want in case.expected)
+    results = dispatch(world, case, capacity=most + 3)
+    for got, want in zip(results, case.expected, strict=True):
         count = len(want.source)
         assert got.num_tokens_per_expert.tolist() == want.num_tokens_per_expert
-        bits(got.x[:count], want.x, "capacity")
+        check_bits(got.x[:count], want.x, "capacity")
         assert bool((got.row_weights[count:] == 0).all())
-    over = small.dispatch(capacity=most - 1)
-    for engine, got in zip(small.world.engines, over, strict=True):
+    over = dispatch(world, case, capacity=most - 1)
+    for engine, got in zip(world.engines, over, strict=True):
         assert int(got.num_tokens_per_expert.sum()) == 0 and int(engine.overflowed()) == 1
-    outs = small.world.each(
+    outs = world.all(
         lambda engine, rank: engine.combine(CombineCall(y=torch.zeros_like(over[rank].x), handle=over[rank].handle))
     )
     assert all(bool(out.x.isnan().all()) for out in outs)
@@ -188,11 +114,12 @@ def test_fixed_capacity(small: Scene) -> None:
         ("alignment", "expert_alignment=4"),
     ],
 )
-def test_refusals_are_everybody_s(small: Scene, what: str, message: str) -> None:
+def test_refusals_are_everybody_s(small: tuple[World, Case], what: str, message: str) -> None:
     """All ranks raise the same; the next operation is as if nothing had been."""
+    world, case = small
 
     def spoilt(rank: int) -> DispatchCall:
-        call = small.call(rank)
+        call = case.call(rank)
         if rank != 1:
             return call
         idx, weights = call.topk_idx.clone(), call.topk_weights.clone()
@@ -209,6 +136,7 @@ def test_refusals_are_everybody_s(small: Scene, what: str, message: str) -> None
             changes["expert_alignment"] = 4
         return call._replace(**changes)
 
-    raised = small.world.each(lambda engine, rank: engine.dispatch(spoilt(rank)))
+    raised = world.each(lambda engine, rank: engine.dispatch(spoilt(rank)))
     assert all(isinstance(error, ConfigError) and message in str(error) for error in raised), raised
-    small.check(small.dispatch())
+    for rank, got in enumerate(dispatch(world, case)):
+        case.check(rank, got)

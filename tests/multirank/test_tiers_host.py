@@ -23,7 +23,9 @@ pytestmark = pytest.mark.multirank
 NODES = Topology((0, 0, 1, 1))
 
 
-def open_tiers(boot: Bootstrap, config: RuntimeConfig, mapped: list[int]) -> Tiers:
+def open_tiers(
+    boot: Bootstrap, config: RuntimeConfig, mapped: list[int], nodes: Topology = NODES, row_bytes: int = 1024
+) -> Tiers:
     def map_host_memory(address: int, num_bytes: int) -> tuple[int, bool]:
         assert num_bytes > 0
         mapped.append(address)
@@ -37,7 +39,7 @@ def open_tiers(boot: Bootstrap, config: RuntimeConfig, mapped: list[int]) -> Tie
     for owner, names in fakes.items():
         for name, value in names.items():
             setattr(owner, name, value)
-    return Tiers(boot, config, NODES, plan_launch(config, NODES), 1024, 30.0, [])
+    return Tiers(boot, config, nodes, plan_launch(config, nodes), row_bytes, 30.0, [])
 
 
 def fault_of(tiers: Tiers) -> CommError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -108,24 +109,22 @@ class _Template:
             structs.append(self.tier)
         name = "dispatch" if self.tier is None else "tier_dispatch"
         self.kernel = KernelCall(name, queue.num_local_sms, 32 * launch.warps, shared_bytes, *structs)
-        # Of a handle: tables, then routes.
+        # Of a handle: tables, in bytes, then routes.
         ranks, experts = queue.num_ranks, config.num_experts // queue.num_ranks
-        self.table_places: list[tuple[str, int]] = []
         nodes = 0 if queue.tiers is None else queue.tiers.num_nodes
-        place = 0
-        for name, size in (
-            ("rank_counts", ranks * ranks),
-            ("num_rows", ranks),
-            ("rows_per_expert", experts),
-            ("expert_offset", experts + 1),
-            ("node_counts", ranks * nodes),
-            ("state", 1),
-        ):
-            self.table_places.append((name, place))
-            place += size
+        sizes = {
+            "rank_counts": ranks * ranks,
+            "num_rows": ranks,
+            "rows_per_expert": experts,
+            "expert_offset": experts + 1,
+            "node_counts": ranks * nodes,
+            "state": 1,
+        }
+        ends = list(accumulate(sizes[field[0]] for field in Tables._fields_))
+        self.table_places = [4 * place for place in (0, *ends[:-1])]
         self.first_count = ranks * ranks + ranks
         self.num_experts = experts
-        self.routes_place = -(-place // 4) * 4
+        self.routes_place = -(-ends[-1] // 4) * 4
         self.num_words = self.routes_place + max(1, shape.num_tokens * topk) * 4
         self.tier_places: list[int] = []
         if queue.tiers is not None:
@@ -260,7 +259,7 @@ class DispatchOps:
         pending.template, pending.handle, pending.public_handle = template, native, handle
         pending.is_lazy, pending.data = capacity != 0, template.kernel
         pending.inputs = (x, scales, topk_idx, topk_weights, handle)
-        pending.grant_bytes = self._needed_bytes(shape, template, native)
+        self._take_room(pending, shape, template)
         return pending
 
     def _check_options(self, call: DispatchCall) -> tuple[str, int, int]:
@@ -275,14 +274,6 @@ class DispatchOps:
         alignment = check_alignment(call.expert_alignment, config, num_bits=31)
         if layout not in LAYOUTS:
             raise ConfigError(f'layout={layout!r} is not "grouped" or "rows"')
-        # Rows are numbered in 32 bits.
-        experts = config.num_experts // self._queue.num_ranks
-        most = most_rows(self._queue.num_ranks * config.max_tokens, config.num_topk, experts, alignment)
-        if most >= 2**31:
-            raise ConfigError(
-                f"expert_alignment={alignment}: num_ranks={self._queue.num_ranks} x max_tokens={config.max_tokens} "
-                f"tokens and {experts} local experts may need {most} rows, the limit is 2^31-1"
-            )
         return str(layout), alignment, check_capacity(call.capacity)
 
     def _templates_of(self, shape: _Shape) -> _Template:
@@ -290,30 +281,45 @@ class DispatchOps:
         if template is None:
             if len(self._templates) >= _MAX_TEMPLATES:
                 self._templates.clear()
+            self._check_row_numbers(shape.alignment)
             template = self._templates[shape] = _Template(self._queue, shape)
         return template
 
-    def _needed_bytes(self, shape: _Shape, template: _Template, native: CudaHandle) -> int | None:
-        """Room that the landing takes; None: nobody knows yet. Calls that nobody waits for cannot grow the heap."""
+    def _check_row_numbers(self, alignment: int) -> None:
+        """Rows are numbered in 32 bits."""
+        config, num_ranks = self._queue.config, self._queue.num_ranks
+        experts = config.num_experts // num_ranks
+        most = most_rows(num_ranks * config.max_tokens, config.num_topk, experts, alignment)
+        if most >= 2**31:
+            raise ConfigError(
+                f"expert_alignment={alignment}: num_ranks={num_ranks} x max_tokens={config.max_tokens} "
+                f"tokens and {experts} local experts may need {most} rows, the limit is 2^31-1"
+            )
+
+    def _take_room(self, pending: PendingOp, shape: _Shape, template: _Template) -> None:
+        """Says how much room the landing takes, if anybody knows. Calls that nobody waits for cannot grow the heap:
+        they get it here."""
         if template.landing is not None:
-            needed = int(template.landing.total_bytes)
-            if needed > (available := self._queue.arena.heap.largest_bytes):
+            needed = pending.grant_bytes = int(template.landing.total_bytes)
+            pending.grant = self._queue.arena.heap.take(needed)
+            if (available := pending.grant.num_bytes) < needed:
                 raise CapacityError(
                     f"capacity={shape.capacity} needs {format_bytes(needed)} in one piece, the heap has "
                     f"{format_bytes(available)}; give the Runtime more arena_bytes",
                     needed=needed,
                     available=available,
                 )
-            return needed
-        if shape.is_fresh:
-            return None
-        return int(template.landing_of(self._queue, shape, native.num_rows, 0).total_bytes)
+        elif shape.is_fresh:
+            pending.grant_bytes = None
+        else:
+            assert pending.handle is not None
+            landing = template.landing_of(self._queue, shape, pending.handle.num_rows, 0)
+            pending.grant_bytes = int(landing.total_bytes)
 
     def _new_handle(self, shape: _Shape, template: _Template) -> CudaHandle:
         words = torch.empty(template.num_words, dtype=torch.int32, device=self._queue.device)
-        tables, first = Tables(), words.data_ptr()
-        for name, place in template.table_places:
-            setattr(tables, name, first + 4 * place)
+        first = words.data_ptr()
+        tables = Tables(*[first + place for place in template.table_places])
         handle = CudaHandle(
             shape.layout, shape.alignment, shape.num_tokens, shape.capacity, tables, words,
             first + 4 * template.routes_place, self._queue.current_stream(),

@@ -175,8 +175,8 @@ class OpQueue:
             pending.handle.epoch = pending.ticket
         heap = self.arena.heap
         if pending.data is not None:
-            pending.grant = None  # of a first try: or there is nothing to take
-            pending.grant = heap.take_largest() if pending.grant_bytes is None else heap.take(pending.grant_bytes)
+            if pending.grant is None:
+                pending.grant = heap.take_largest() if pending.grant_bytes is None else heap.take(pending.grant_bytes)
             exchange.grant_offset, exchange.grant_bytes = pending.grant.offset, pending.grant.num_bytes
         buffers = self.buffers
         exchange.slots, exchange.block_base = buffers.slots_address, buffers.block_base_address
@@ -259,6 +259,7 @@ class OpQueue:
                 self._keep_error(pending, error)
                 return
             self._last_event.wait(pending.stream)
+            pending.grant = None  # before another is taken: there may be no room for both
             self._launch_op(pending)
             self._last_event.record(pending.stream)
             self._last_stream = pending.stream

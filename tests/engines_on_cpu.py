@@ -76,6 +76,31 @@ def private_memory(num_bytes: int) -> np.ndarray[Any, Any]:
     return np.frombuffer(mmap.mmap(-1, num_bytes), dtype=np.uint8)
 
 
+class HostSegment:
+    """In place of device memory that a heap grows into; peers of the same process have it by its address."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self.memory = private_memory(num_bytes)
+
+    def handle(self) -> bytes:
+        return self.memory.ctypes.data.to_bytes(8, "little")
+
+
+class HostArena:
+    """What the engine asks of `commlib.cuda.memory.Arena`."""
+
+    def __init__(self, regions: Regions, memory: np.ndarray[Any, Any]) -> None:
+        self.regions, self.heap = regions, HostHeap(memory)
+        self.heap_base: list[int] = []
+
+    def replace_heaps(self, own: HostSegment | None, handles: list[bytes]) -> None:
+        for rank, handle in enumerate(handles):
+            if handle:
+                self.heap_base[rank] = int.from_bytes(handle, "little")
+        if own is not None:
+            self.heap = HostHeap(own.memory)
+
+
 class HostBuffers:
     """`commlib.cuda.kernels.Buffers` in memory of this process."""
 
@@ -138,8 +163,7 @@ class CpuEngine(CudaEngine):
         regions = regions_of(config, topology)
         self.buffers: Any = HostBuffers(config, num_ranks, num_nodes)
         self.control = allocate(regions.total_bytes)
-        heap = HostHeap(allocate(config.arena_bytes or 4 << 20))
-        self.arena: Any = SimpleNamespace(regions=regions, heap=heap)
+        self.arena: Any = HostArena(regions, allocate(config.arena_bytes or 4 << 20))
         page: Any = SimpleNamespace(lost_peer=lambda: None)
         self._watch = Watch(rank, num_ranks, config, page, self.arena, self.buffers, tiers)
         self.mesh = make_mesh(config, rank, num_ranks, regions, self.buffers)
@@ -175,7 +199,8 @@ class World:
         self._ranks = ThreadPoolExecutor(num_ranks)
         for engine in self.engines:
             engine.mesh.base[:num_ranks] = [each.control.ctypes.data for each in self.engines]
-            engine.mesh.heap[:num_ranks] = [each.arena.heap.address for each in self.engines]
+            engine.arena.heap_base = [each.arena.heap.address for each in self.engines]
+            engine.mesh.heap[:num_ranks] = engine.arena.heap_base
 
     def each(self, function: Callable[[CpuEngine, int], _T]) -> list[_T]:
         """`function(engine, rank)` on all ranks at once; the results, or what they raised, as `Exception` objects."""
@@ -203,6 +228,7 @@ def replace_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
     monkeypatch.setattr(engine_module, "bind_context", lambda device: None)
     monkeypatch.setattr(queue_module, "Event", NoEvent)
+    monkeypatch.setattr(queue_module, "Segment", HostSegment)
     monkeypatch.setattr(dispatching_module, "ArenaBytes", slab_bytes)
 
 

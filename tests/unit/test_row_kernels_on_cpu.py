@@ -104,6 +104,25 @@ def test_fixed_capacity(small: tuple[World, Case]) -> None:
     assert all(bool(out.x.isnan().all()) for out in outs)
 
 
+def test_a_heap_that_is_too_small_grows(kernels: CpuKernels) -> None:
+    """All ranks find out in the same exchange and repeat it; what lies in the old heap stays good."""
+    world = World(kernels, 2, hidden=512, num_experts=4, num_topk=2, max_tokens=60, num_sms=2, arena_bytes=64 << 10)
+    work = make_workload("uniform", num_ranks=2, num_experts=4, num_topk=2, num_tokens=60, seed=1)
+    small = make_workload("uniform", num_ranks=2, num_experts=4, num_topk=2, num_tokens=4, seed=2)
+    cases = [
+        Case(
+            each, [random_payload(r, count, 512, torch.bfloat16, 1) for r, count in enumerate(each.num_tokens)], [0, 0]
+        )
+        for each in (small, work)
+    ]
+    before = [engine.arena.heap for engine in world.engines]
+    kept = [dispatch(world, case) for case in cases]
+    assert all(engine.arena.heap is not heap for engine, heap in zip(world.engines, before, strict=True))
+    for case, results in zip(cases, kept, strict=True):
+        for rank, got in enumerate(results):
+            case.check(rank, got)
+
+
 @pytest.mark.parametrize(
     "what, message",
     [

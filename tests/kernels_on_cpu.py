@@ -15,6 +15,7 @@ NATIVE = Path(__file__).resolve().parents[1] / "native"
 EMULATION = NATIVE / "tests" / "cuda_on_cpu"
 OPTIONS = [
     "-std=c++20", "-O1", "-fPIC", "-shared", "-pthread", "-ffp-contract=off",
+    "-fsanitize=undefined", "-fno-sanitize-recover=all",  # misaligned accesses, shifts too far, overflows
     "-fno-gnu-unique",  # each copy of a library has its own variables
     # The folder of the emulation comes first: its cuda/ptx.cuh and cuda/e4m3.cuh take the place of the real ones.
     f"-I{EMULATION}", f"-I{NATIVE}",

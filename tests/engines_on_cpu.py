@@ -230,9 +230,3 @@ def replace_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(queue_module, "Event", NoEvent)
     monkeypatch.setattr(queue_module, "Segment", HostSegment)
     monkeypatch.setattr(dispatching_module, "ArenaBytes", slab_bytes)
-
-
-@pytest.fixture
-def without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    """See `replace_cuda`."""
-    replace_cuda(monkeypatch)

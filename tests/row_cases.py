@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,16 +15,52 @@ from commlib.handle import Combined, Dispatched
 from commlib.testing.payloads import random_payload
 from commlib.testing.workloads import Workload
 
-__all__ = ["Case", "check_bits"]
+__all__ = ["Case", "CombineInputs", "assert_bits", "combine_inputs"]
 
 
-def check_bits(actual: Any, expected: Tensor | None, what: str) -> None:
-    """Same dtype, shape and bits; NaNs and the signs of zeros count."""
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def assert_bits(actual: Any, expected: Tensor | None, what: str) -> None:
+    """Same dtype, shape and bits, on whatever device; NaNs and the signs of zeros count."""
     if expected is None:
-        assert actual is None, what
+        assert actual is None, f"{what}: {type(actual).__name__}, expected None"
         return
-    assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape), what
-    assert torch.equal(actual.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8)), what
+    assert isinstance(actual, Tensor), f"{what}: {type(actual).__name__}, expected a tensor"
+    actual = actual.cpu()
+    assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape), (
+        f"{what}: {actual.dtype} {list(actual.shape)}, expected {expected.dtype} {list(expected.shape)}"
+    )
+    bits = _BITS[actual.element_size()]
+    differs = actual.contiguous().view(bits) != expected.contiguous().view(bits)
+    if bool(differs.any()):
+        place = tuple(int(i) for i in torch.nonzero(differs)[0])
+        values = f"{actual.float()[place]!s}, expected {expected.float()[place]!s}"
+        raise AssertionError(f"{what}: {int(differs.sum())} of {differs.numel()} differ, first at {place}: {values}")
+
+
+class CombineInputs(NamedTuple):
+    """Of every rank: rows of experts, their weights, gradients of the routing weights."""
+
+    ys: list[Tensor]
+    weights: list[Tensor]
+    grads: list[Tensor]
+
+
+def combine_inputs(
+    expected: Sequence[reference.ReferenceDispatch], layout: str, num_topk: int, dtype: torch.dtype, seed: int
+) -> CombineInputs:
+    """Made up for what the ranks have received; padding holds NaNs that must not be read."""
+    inputs = CombineInputs([], [], [])
+    for rank, received in enumerate(expected):
+        rng = np.random.default_rng([seed, rank, 77])
+        y = random_payload(rank, len(received.source), received.x.shape[1], dtype, seed)
+        y[received.source[:, 0] < 0] = torch.nan
+        inputs.ys.append(y)
+        inputs.weights.append(torch.from_numpy(rng.uniform(-1, 1, len(y)).astype(np.float32)))
+        shape = (len(y),) if layout == "grouped" else (len(y), num_topk)
+        inputs.grads.append(torch.from_numpy(rng.uniform(-1, 1, shape).astype(np.float32)))
+    return inputs
 
 
 class Case:
@@ -63,28 +99,18 @@ class Case:
     def check(self, rank: int, got: Dispatched, *, is_by_handle: bool = False) -> None:
         want, what = self.expected[rank], f"rank {rank}: {self.work.name} {self.options} by handle {is_by_handle}"
         assert list(got.num_tokens_per_expert) == want.num_tokens_per_expert, what
-        check_bits(got.x, want.x, what)
-        check_bits(got.scales, want.scales, what)
+        assert_bits(got.x, want.x, what)
+        assert_bits(got.scales, want.scales, what)
         for name in ("row_weights", "topk_idx", "topk_weights"):
-            check_bits(getattr(got, name), None if is_by_handle else getattr(want, name), f"{what}: {name}")
+            assert_bits(getattr(got, name), None if is_by_handle else getattr(want, name), f"{what}: {name}")
 
-    def _payload(self, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Rows of experts, weights and gradients; padding holds NaNs that must not be read."""
-        ys, weights, grads = [], [], []
-        for rank, want in enumerate(self.expected):
-            rng = np.random.default_rng([rank, 77])
-            y = random_payload(rank, len(want.source), self.xs[0].shape[1], dtype, 5)
-            y[want.source[:, 0] < 0] = torch.nan
-            ys.append(y)
-            weights.append(torch.from_numpy(rng.uniform(-1, 1, len(y)).astype(np.float32)))
-            shape = (len(y),) if self.layout == "grouped" else (len(y), self.work.num_topk)
-            grads.append(torch.from_numpy(rng.uniform(-1, 1, shape).astype(np.float32)))
-        return ys, weights, grads
+    def _inputs(self, dtype: torch.dtype) -> CombineInputs:
+        return combine_inputs(self.expected, self.layout, self.work.num_topk, dtype, 5)
 
     def combine_call(
         self, rank: int, got: Dispatched, dtype: torch.dtype, *, is_weighted: bool, has_grads: bool
     ) -> CombineCall:
-        ys, weights, grads = self._payload(dtype)
+        ys, weights, grads = self._inputs(dtype)
         return CombineCall(
             y=ys[rank],
             handle=got.handle,
@@ -95,7 +121,7 @@ class Case:
     def check_combined(
         self, rank: int, got: Combined, dtype: torch.dtype, *, is_weighted: bool, has_grads: bool
     ) -> None:
-        ys, weights, grads = self._payload(dtype)
+        ys, weights, grads = self._inputs(dtype)
         out, out_grads = reference.combine(
             ys,
             self.expected,
@@ -106,5 +132,5 @@ class Case:
             weight_grads=grads if has_grads else None,
         )[rank]
         what = f"rank {rank}: combine {self.work.name} {self.options} {dtype} {is_weighted=} {has_grads=}"
-        check_bits(got.x, out, what)
-        check_bits(got.weight_grads, out_grads, what)
+        assert_bits(got.x, out, what)
+        assert_bits(got.weight_grads, out_grads, what)

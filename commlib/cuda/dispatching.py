@@ -54,7 +54,7 @@ class _Template:
     have to be launched twice is settled before the next one begins."""
 
     def __init__(self, queue: Any, shape: _Shape) -> None:
-        config, topk = queue.config, queue.config.num_topk
+        config = queue.config
         self.shape = shape
         is_cast, is_fp8 = shape.fp8 is not None, shape.fp8 is not None or shape.code == 2
         self.dtype = _PAYLOADS[2 if is_fp8 else shape.code]
@@ -109,7 +109,14 @@ class _Template:
             structs.append(self.tier)
         name = "dispatch" if self.tier is None else "tier_dispatch"
         self.kernel = KernelCall(name, queue.num_local_sms, 32 * launch.warps, shared_bytes, *structs)
-        # Of a handle: tables, in bytes, then routes.
+        self._lay_out_handle(queue, shape)
+        self.landing: Landing | None = None
+        if shape.capacity:
+            self.landing = self.landing_of(queue, shape, shape.capacity, queue.num_ranks * config.max_tokens)
+
+    def _lay_out_handle(self, queue: Any, shape: _Shape) -> None:
+        """Where the parts of a handle's memory lie: tables, in bytes; then, in words, routes and what tiers keep."""
+        config, topk = queue.config, queue.config.num_topk
         ranks, experts = queue.num_ranks, config.num_experts // queue.num_ranks
         nodes = 0 if queue.tiers is None else queue.tiers.num_nodes
         sizes = {
@@ -133,9 +140,6 @@ class _Template:
             for size in (nodes * shape.num_tokens, nodes * shape.num_tokens, forwarded):
                 self.tier_places.append(self.num_words)
                 self.num_words += -(-size // 4) * 4
-        self.landing: Landing | None = None
-        if shape.capacity:
-            self.landing = self.landing_of(queue, shape, shape.capacity, queue.num_ranks * config.max_tokens)
 
     def landing_of(self, queue: Any, shape: _Shape, num_rows: int, num_records: int) -> Landing:
         return dispatch_landing(

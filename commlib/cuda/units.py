@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 
 import torch
 
 from commlib.cuda.compile import compile_unit, default_cache
 from commlib.cuda.driver import Kernel, KernelArguments, bind_context, fill_zero, load_kernels
 
-__all__ = ["launch_on", "load_on", "load_units", "zero_on"]
+__all__ = ["current_stream", "launch_on", "load_on", "load_units", "zero_on"]
 
 Units = dict[str, dict[str, int]]  # kernels of each unit, and the most dynamic shared memory of their launches
 
@@ -30,25 +31,30 @@ def load_on(device_index: int, units: Units) -> dict[str, Kernel]:
         return load_units(units)
 
 
+def current_stream() -> int:
+    """Of the current device, for calls of the driver, on a thread that may be new to CUDA."""
+    device = torch._C._cuda_getDevice()
+    bind_context(device)
+    return int(torch._C._cuda_getCurrentRawStream(device))
+
+
+def _enqueue_on(device_index: int, enqueue: Callable[[int], None]) -> None:
+    """Calls `enqueue` with the device's current stream, on whatever thread and device the caller is."""
+    if torch._C._cuda_getDevice() == device_index:
+        enqueue(current_stream())
+        return
+    with torch.cuda.device(device_index):
+        enqueue(current_stream())
+
+
 def launch_on(
     device_index: int, kernel: Kernel, blocks: int, threads: int, shared_bytes: int, call: ctypes.Structure
 ) -> None:
     """Enqueues a kernel on the device's current stream, on whatever thread and device the caller is."""
-    if torch._C._cuda_getDevice() != device_index:
-        with torch.cuda.device(device_index):
-            launch_on(device_index, kernel, blocks, threads, shared_bytes, call)
-        return
-    bind_context(device_index)
-    kernel.launch(
-        torch._C._cuda_getCurrentRawStream(device_index), blocks, threads, shared_bytes, KernelArguments(call)
-    )
+    arguments = KernelArguments(call)
+    _enqueue_on(device_index, lambda stream: kernel.launch(stream, blocks, threads, shared_bytes, arguments))
 
 
 def zero_on(device_index: int, words: torch.Tensor) -> None:
-    """Zeros in a contiguous tensor of 32-bit elements, like `launch_on`; a third of what `zero_` costs the host."""
-    if torch._C._cuda_getDevice() != device_index:
-        with torch.cuda.device(device_index):
-            zero_on(device_index, words)
-        return
-    bind_context(device_index)
-    fill_zero(words.data_ptr(), words.numel(), torch._C._cuda_getCurrentRawStream(device_index))
+    """Zeros in a contiguous tensor of 32-bit elements, like `launch_on`: one call of the driver."""
+    _enqueue_on(device_index, lambda stream: fill_zero(words.data_ptr(), words.numel(), stream))

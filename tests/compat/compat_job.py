@@ -70,10 +70,6 @@ def several(store: str, device: str, *targets: str) -> None:
         getattr(importlib.import_module(f"compat.{module}"), function)(f"{store}-{number}", device)
 
 
-def assert_bits(actual: Any, expected: Tensor | None, what: str) -> None:
-    moe_job.assert_bits(actual.cpu() if isinstance(actual, Tensor) else actual, expected, what)
-
-
 @dataclass
 class Case:
     """One routing with the inputs of all ranks, and what a rank receives by the oracle."""

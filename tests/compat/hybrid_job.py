@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from compat.compat_job import HIDDEN, Case, Job, assert_bits, case_of, deep_ep, joined, weight_grads
+from compat.compat_job import HIDDEN, Case, Job, case_of, deep_ep, joined, weight_grads
+from row_cases import assert_bits
 from torch import Tensor
 
 from commlib.compat.deep_ep.hybrid_ep_buffer import indices_to_map

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from compat.compat_job import HIDDEN, NUM_TOKENS, Case, Job, assert_bits, case_of, deep_ep, joined
+from compat.compat_job import HIDDEN, NUM_TOKENS, Case, Job, case_of, deep_ep, joined
+from row_cases import assert_bits
 from torch import Tensor
 
 from commlib import reference

@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from row_cases import assert_bits, combine_inputs
 from torch import Tensor
 
 from commlib import reference
@@ -28,7 +28,6 @@ from commlib.testing.workloads import WORKLOADS, Workload, make_workload
 
 LAYOUTS = ("grouped", "rows")
 ALIGNMENTS = (8, 1, 128)
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def join() -> tuple[Bootstrap, torch.device]:
@@ -65,23 +64,6 @@ def open_runtime(
 
 def workload_of(name: str, num_ranks: int, seed: int = 0, num_tokens: int = 37) -> Workload:
     return make_workload(name, num_ranks=num_ranks, num_experts=12, num_topk=3, num_tokens=num_tokens, seed=seed)
-
-
-def assert_bits(actual: Any, expected: Tensor | None, what: str) -> None:
-    """Same dtype, shape and bits; NaNs and the signs of zeros count."""
-    if expected is None:
-        assert actual is None, f"{what}: {type(actual).__name__}, expected None"
-        return
-    actual = actual.cpu()
-    assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape), (
-        f"{what}: {actual.dtype} {list(actual.shape)}, expected {expected.dtype} {list(expected.shape)}"
-    )
-    bits = _BITS[actual.element_size()]
-    differs = actual.contiguous().view(bits) != expected.contiguous().view(bits)
-    if bool(differs.any()):
-        place = tuple(int(i) for i in torch.nonzero(differs)[0])
-        values = f"{actual.float()[place]!s}, expected {expected.float()[place]!s}"
-        raise AssertionError(f"{what}: {int(differs.sum())} of {differs.numel()} differ, first at {place}: {values}")
 
 
 @dataclass
@@ -128,15 +110,7 @@ class Case:
 
     def combine(self, runtime: Runtime, got: Dispatched, dtype: torch.dtype, seed: int, weighted: bool, grads: bool):
         """Combines made-up expert rows and compares; padding holds NaNs that must not be read."""
-        ys, weights, weight_grads, hidden = [], [], [], self.xs[0].shape[1]
-        for rank, received in enumerate(self.expected):
-            rng = np.random.default_rng([seed, rank, 77])
-            y = random_payload(rank, len(received.source), hidden, dtype, seed)
-            y[received.source[:, 0] < 0] = torch.nan
-            ys.append(y)
-            weights.append(torch.from_numpy(rng.uniform(-1, 1, len(y)).astype(np.float32)))
-            shape = (len(y),) if self.layout == "grouped" else (len(y), self.work.num_topk)
-            weight_grads.append(torch.from_numpy(rng.uniform(-1, 1, shape).astype(np.float32)))
+        ys, weights, weight_grads = combine_inputs(self.expected, self.layout, self.work.num_topk, dtype, seed)
         own = runtime.rank
         combined = runtime.combine(
             ys[own].cuda(),

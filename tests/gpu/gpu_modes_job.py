@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from gpu.gpu_job import Case, assert_bits, case_of, join, open_runtime, workload_of
+from gpu.gpu_job import Case, case_of, join, open_runtime, workload_of
+from row_cases import assert_bits
 from torch import Tensor
 
 from commlib import ops, reference

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu.gpu_job import assert_bits, case_of, join, open_runtime
+from gpu.gpu_job import case_of, join, open_runtime
 from gpu.gpu_modes_job import check_latency
+from row_cases import assert_bits
 
 from commlib import reference
 from commlib.errors import ConfigError

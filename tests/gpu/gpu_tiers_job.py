@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from gpu.gpu_job import assert_bits, case_of, check_fp8, check_plain, open_runtime, workload_of
+from gpu.gpu_job import case_of, check_fp8, check_plain, open_runtime, workload_of
 from gpu.gpu_modes_job import check_autograd, check_latency_regime
+from row_cases import assert_bits
 
 from commlib import cli, reference
 from commlib.bootstrap import Bootstrap, connect

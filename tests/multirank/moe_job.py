@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import row_cases
 import torch
 from torch import Tensor
 
@@ -22,8 +23,6 @@ from commlib.topology import Topology
 
 TOKEN = "a token of this test"
 HIDDEN = 256
-
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def small_config(**changes: Any) -> RuntimeConfig:
@@ -67,22 +66,8 @@ def open_runtime(group: Any, nodes: Sequence[int], **changes: Any) -> Runtime:
 
 
 def assert_bits(actual: Any, expected: Tensor | None, what: str) -> None:
-    """Same dtype, shape and bits; NaNs and the signs of zeros count."""
-    if expected is None:
-        assert actual is None, f"{what}: {type(actual).__name__}, expected None"
-        return
-    if isinstance(actual, np.ndarray):
-        actual = tensor_of(actual)
-    assert isinstance(actual, Tensor), f"{what}: {type(actual).__name__}, expected a tensor"
-    assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape), (
-        f"{what}: {actual.dtype} {list(actual.shape)}, expected {expected.dtype} {list(expected.shape)}"
-    )
-    bits = _BITS[actual.element_size()]
-    differs = actual.contiguous().view(bits) != expected.contiguous().view(bits)
-    if bool(differs.any()):
-        place = tuple(int(i) for i in torch.nonzero(differs)[0])
-        values = f"{actual.float()[place]!s}, expected {expected.float()[place]!s}"
-        raise AssertionError(f"{what}: {int(differs.sum())} of {differs.numel()} differ, first at {place}: {values}")
+    """`row_cases.assert_bits`, of arrays as well."""
+    row_cases.assert_bits(tensor_of(actual) if isinstance(actual, np.ndarray) else actual, expected, what)
 
 
 def tensor_of(array: np.ndarray[Any, Any]) -> Tensor:

@@ -21,9 +21,9 @@ from moe_job import (
     free_ports,
     open_runtime,
     part_of_job,
-    row_weights,
     wait_for,
 )
+from row_cases import combine_inputs
 from torch import Tensor
 
 from commlib import reference
@@ -111,15 +111,8 @@ class Case:
         is_weighted: bool,
         has_grads: bool,
     ) -> Tensor:
-        """Combines what expert_rows() says and checks it; returns the tokens."""
-        ys, weights, grads = [], [], []
-        for rank, received in enumerate(self.expected):
-            y = expert_rows(rank, len(received.source), dtype, seed)
-            y[received.source[:, 0] < 0] = torch.nan  # padding must not be read
-            ys.append(y)
-            weights.append(row_weights(rank, (len(y),), seed))
-            shape = (len(y),) if self.layout == "grouped" else (len(y), self.work.num_topk)
-            grads.append(row_weights(rank, shape, seed + 1))
+        """Combines what combine_inputs() says and checks it; returns the tokens."""
+        ys, weights, grads = combine_inputs(self.expected, self.layout, self.work.num_topk, dtype, seed)
         own = runtime.rank
         combined = runtime.combine(
             ys[own],

@@ -78,41 +78,38 @@ def test_later_bytes_do_not_reach_earlier_predictions() -> None:
     train_moe_job.whole_model_is_causal()
 
 
-@pytest.mark.parametrize("options", [[], ["--fp8"]])
-def test_overlap_figures_compare_all_ways(options: list[str]) -> None:
-    """Gradients of all ways are compared inside; here that every way has its line."""
-    command = ["-m", "examples.overlap_figures", "--tokens", "64", "--iterations", "2", *options]
+def output_of(*command: str) -> str:
+    """What a module prints as two ranks; it must succeed."""
     done = subprocess.run(
-        [ROOT / "launch" / "mpirun", "-n", "2", sys.executable, *command],
+        [ROOT / "launch" / "mpirun", "-n", "2", sys.executable, "-m", *command],
         capture_output=True,
         text=True,
         cwd=ROOT,
         timeout=120,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("options", [[], ["--fp8"]])
+def test_overlap_figures_compare_all_ways(options: list[str]) -> None:
+    """Gradients of all ways are compared inside; here that every way has its line."""
+    out = output_of("examples.overlap_figures", "--tokens", "64", "--iterations", "2", *options)
     ways = ["in turn", "overlapped", "replaced by nothing", *([] if options else ["torch"])]
     for way in ways:
-        assert re.search(rf"^{way} +[0-9.]+ ms +[0-9.]+ x overlapped$", done.stdout, re.MULTILINE), done.stdout
-    assert re.search(r"covers: [0-9.]+% of the overlapped step", done.stdout), done.stdout
+        assert re.search(rf"^{way} +[0-9.]+ ms +[0-9.]+ x overlapped$", out, re.MULTILINE), out
+    assert re.search(r"covers: [0-9.]+% of the overlapped step", out), out
 
 
 def test_compare_dispatch_shows_all_ways() -> None:
     """Losses and gradients are compared inside; here that every way has its line."""
-    command = ["-m", "examples.train_moe.compare_dispatch", "--tokens", "32", "--turns", "1"]
-    done = subprocess.run(
-        [ROOT / "launch" / "mpirun", "-n", "2", sys.executable, *command],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    out = output_of("examples.train_moe.compare_dispatch", "--tokens", "32", "--turns", "1")
     for way in compare_dispatch.WAYS:
         line = rf"^{way.name} +[0-9.]+ +[0-9,]+ +[0-9.]+ +[0-9.]+ +[0-9.]+$"
-        assert re.search(line, done.stdout, re.MULTILINE), done.stdout
+        assert re.search(line, out, re.MULTILINE), out
     # Sums of four rows in another order: were nothing different, the ways would be one and the same.
-    found = re.search(rf"^{compare_dispatch.TORCH.name}: within ([0-9.e-]+) of", done.stdout, re.MULTILINE)
-    assert found and float(found[1]) > 0, done.stdout
+    found = re.search(rf"^{compare_dispatch.TORCH.name}: within ([0-9.e-]+) of", out, re.MULTILINE)
+    assert found and float(found[1]) > 0, out
 
 
 @pytest.mark.parametrize("way", ["torch", "overlapped"])

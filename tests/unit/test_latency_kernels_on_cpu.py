@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engines_on_cpu import World, without_cuda
+from engines_on_cpu import World
 from kernels_on_cpu import CpuKernels
 from torch import Tensor
 
@@ -22,14 +22,7 @@ from commlib.layout import record_bytes
 from commlib.testing.payloads import random_payload
 from commlib.testing.workloads import Workload, make_workload
 
-__all__ = ["without_cuda"]
-
 pytestmark = pytest.mark.usefixtures("without_cuda")
-
-
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> CpuKernels:
-    return CpuKernels(tmp_path_factory.mktemp("kernels"))
 
 
 def dispatch(world: World, calls: list[DispatchCall]) -> list[Dispatched]:

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from engines_on_cpu import World, without_cuda
+from engines_on_cpu import World
 from kernels_on_cpu import CpuKernels
-from row_cases import Case, check_bits
+from row_cases import Case, assert_bits
 
 from commlib.errors import ConfigError
 from commlib.executor import CombineCall, DispatchCall
@@ -16,14 +16,7 @@ from commlib.handle import Dispatched
 from commlib.testing.payloads import identity_payload, random_payload
 from commlib.testing.workloads import make_workload
 
-__all__ = ["without_cuda"]
-
 pytestmark = pytest.mark.usefixtures("without_cuda")
-
-
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> CpuKernels:
-    return CpuKernels(tmp_path_factory.mktemp("kernels"))
 
 
 SHAPES = [
@@ -93,7 +86,7 @@ def test_fixed_capacity(small: tuple[World, Case]) -> None:
     for got, want in zip(results, case.expected, strict=True):
         count = len(want.source)
         assert got.num_tokens_per_expert.tolist() == want.num_tokens_per_expert
-        check_bits(got.x[:count], want.x, "capacity")
+        assert_bits(got.x[:count], want.x, "capacity")
         assert bool((got.row_weights[count:] == 0).all())
     over = dispatch(world, case, capacity=most - 1)
     for engine, got in zip(world.engines, over, strict=True):

@@ -131,16 +131,6 @@ auto exchange(uint64_t value, Read read) {
   return result;
 }
 
-// Whether all, or any, threads of the block have said yes.
-inline bool vote(bool is_yes, bool all) {
-  block->votes[threadIdx.x] = is_yes;
-  block->barrier.arrive_and_wait();
-  const auto& votes = block->votes;
-  const auto yes = std::count(votes.begin(), votes.end(), uint8_t(1));
-  block->barrier.arrive_and_wait();
-  return all ? size_t(yes) == votes.size() : yes > 0;
-}
-
 // Runs one block of a kernel to its end.
 template <typename... Calls>
 void run_block(void (*kernel)(Calls...), unsigned number, size_t shared_bytes,
@@ -177,7 +167,14 @@ void launch(void (*kernel)(Call), const std::remove_cvref_t<Call>& call, unsigne
 }  // namespace cuda_on_cpu
 
 inline void __syncthreads() { cuda_on_cpu::block->barrier.arrive_and_wait(); }
-inline int __syncthreads_and(int is_yes) { return cuda_on_cpu::vote(is_yes != 0, true); }
+inline int __syncthreads_and(int is_yes) {
+  cuda_on_cpu::Block& block = *cuda_on_cpu::block;
+  block.votes[threadIdx.x] = is_yes != 0;
+  __syncthreads();
+  const bool all = std::count(block.votes.begin(), block.votes.end(), uint8_t(0)) == 0;
+  __syncthreads();
+  return all;
+}
 inline void __syncwarp() { cuda_on_cpu::warp().barrier.arrive_and_wait(); }
 
 // Of 32 or 64 bits.

@@ -60,8 +60,8 @@ class RuntimeConfig:
         heartbeat_timeout_s: seconds without a heartbeat after which a peer counts as lost.
         transport: name of the scale-out transport.
         ring_memory: where the rings of a GPU's Runtime lie: "host" (pinned) or "device" (the GPU's memory, which saves
-            a row two ways over PCIe). "device" is for those who work on it: rows have come out wrong, docs/design.md,
-            section 10.
+            a row two ways over PCIe). With "device" over UCX every call waits for its kernel, and nobody may copy
+            between pageable memory and the device while a graph with calls is replayed: docs/design.md, section 10.
         use_tuned_plan: whether a plan that `commlib bench --tune` has found for this shape and topology replaces
             `chunk_tokens`, `chunk_bytes`, `ring_bytes`, `out_blocks` and `in_blocks` where they have their defaults and
             the environment says nothing. Without one, GPUs of several nodes get chunks of 256 KiB in rings of 4 MiB,

@@ -131,13 +131,14 @@ class CombineOps:
         return pending
 
     def _landing_bytes(self, native: CudaHandle, slot_bytes: int) -> int:
-        """Room for the partial rows of the own tokens: one per rank that holds experts of a token."""
+        """Room for the partial rows of the own tokens: one per other rank that holds experts of a token."""
         queue = self._queue
         if queue.tiers is not None:
             return _tier_landing_bytes(queue, native, slot_bytes)
         if not native.capacity:
-            return sum(align_up(count * slot_bytes, ALIGNMENT) for count in native.rank_counts[queue.rank])
-        most = min(queue.num_ranks, queue.config.num_topk) * native.num_tokens
+            counts = native.rank_counts[queue.rank]
+            return sum(align_up(count * slot_bytes, ALIGNMENT) for r, count in enumerate(counts) if r != queue.rank)
+        most = min(queue.num_ranks - 1, queue.config.num_topk) * native.num_tokens
         return align_up(most * slot_bytes, ALIGNMENT) + int(queue.num_ranks) * ALIGNMENT
 
 
@@ -147,11 +148,11 @@ def _tier_landing_bytes(queue: Any, native: CudaHandle, slot_bytes: int) -> int:
     topology, rank = queue.topology, queue.rank
     here, sources = topology.ranks_of_node(topology.node(rank)), topology.in_sources(rank)
     if not native.capacity:
-        counts = [native.rank_counts[source][r] for source in (rank, *sources) for r in here]
+        counts = [native.rank_counts[source][r] for source in (rank, *sources) for r in here if r != source]
         counts += [count for node, count in enumerate(native.node_counts[rank]) if node != topology.node(rank)]
         return sum(align_up(count * slot_bytes, ALIGNMENT) for count in counts)
     topk = int(queue.config.num_topk)
-    here_most, away_most = min(len(here), topk), min(topology.num_nodes - 1, topk)
-    most = native.num_tokens * (here_most + away_most) + len(sources) * native.most_tokens * here_most
+    own_most, away_most = min(len(here) - 1, topk), min(topology.num_nodes - 1, topk)
+    most = native.num_tokens * (own_most + away_most) + len(sources) * native.most_tokens * min(len(here), topk)
     pieces: int = len(here) * (1 + len(sources)) + topology.num_nodes
     return align_up(most * slot_bytes, ALIGNMENT) + pieces * ALIGNMENT

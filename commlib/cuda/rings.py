@@ -90,7 +90,8 @@ def open_with_rings(
         ConfigError, CapacityError, TransportError: on all ranks.
     """
     if choice == "device":
-        _logger.warning("rings in GPU memory have delivered wrong rows: see docs/design.md, section 10")
+        if not is_verbs:
+            _logger.warning("rings in GPU memory, over UCX: calls wait for their kernels (docs/design.md, section 10)")
         fabric, memory = _open_on_device(boot, num_bytes, is_verbs, open_fabric, timeout_s)
         return fabric, memory, "GPU memory"
     fabric = open_fabric(None)

@@ -30,6 +30,9 @@ class Tiers:
         plan: which blocks serve the network.
         view: device memory that holds the DeviceFabric of native/channel/device_fabric.hpp.
         registered_bytes: that the network writes and reads.
+        puts_call_driver: the proxy's puts are calls of the CUDA driver (rings in GPU memory over UCX), so that whoever
+            keeps others out of the driver until a kernel has ended (a copy between pageable memory and the device)
+            keeps out the puts that this kernel waits for.
 
     Raises:
         ConfigError, CapacityError, TransportError: a rank's memory, connections or driver refuse; on all ranks.
@@ -72,6 +75,7 @@ class Tiers:
             lambda place: connect(rings=place),
             timeout_s,
         )
+        self.puts_call_driver = self._rings is not None and config.transport != "verbs"
         self._transport_text: str = self._fabric.describe_transport()
         self._counters: dict[str, Any] = {}
         self._mapped: list[int] = []

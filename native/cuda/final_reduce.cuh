@@ -37,9 +37,9 @@ __device__ void final_reduce(const Mesh& mesh, const CombineCall& call, WarpMemo
     const Route next_route = load_route(mesh, call, next_token);
     const uint32_t same = __match_any_sync(0xffffffffu, route.rank >= 0 ? route.rank : -1 - lane);
     const bool is_first = route.rank >= 0 && __ffs(int(same)) - 1 == lane;
-    const bool is_own = is_own_row_partial(call) && route.rank == mesh.rank;
+    const bool is_own = route.rank == mesh.rank, is_in_place = is_own && is_own_row_partial(call);
     bool has_come = true;
-    if (is_first && !is_own)
+    if (is_first && !is_in_place)
       has_come = wait_arrived(mesh,
                               at<uint32_t>(mesh, mesh.rank, mesh.combine_arrived) +
                                   uint64_t(route.rank) * mesh.max_tokens + route.record,
@@ -47,23 +47,24 @@ __device__ void final_reduce(const Mesh& mesh, const CombineCall& call, WarpMemo
     if (!__all_sync(0xffffffffu, has_come)) break;
     fence_async_global();  // what the acquire made visible, before the bulk loads
     __syncwarp();
-    const uint8_t* partial = nullptr;
+    uint8_t* out = call.out + uint64_t(token) * call.row_bytes;
+    const uint8_t* partial = out;
     const float* grads = nullptr;
-    if (is_own) {
+    if (is_in_place) {
       partial = call.y + uint64_t(route.row) * call.row_bytes;
       if (call.weight_grads != nullptr)
         grads = call.weight_grads + uint64_t(route.row) * uint64_t(mesh.num_topk);
-    } else if (route.rank >= 0) {
+    } else if (route.rank >= 0 && !is_own) {
       partial = plan.peer[route.rank].partial_in + uint64_t(route.record) * call.slot_bytes;
       grads = reinterpret_cast<const float*>(partial + call.row_bytes);
     }
-    if (call.out_weight_grads != nullptr && lane < mesh.num_topk)
+    // Reduce has written those of the own rank where they belong.
+    if (call.out_weight_grads != nullptr && lane < mesh.num_topk && (!is_own || is_in_place))
       call.out_weight_grads[uint64_t(token) * mesh.num_topk + lane] =
           grads == nullptr ? 0.0f : grads[lane];
     int from = 0;
     const int count = order_lanes(is_first ? route.rank : kNothing, &from);
     const uint64_t term = __shfl_sync(0xffffffffu, reinterpret_cast<uint64_t>(partial), from);
-    uint8_t* out = call.out + uint64_t(token) * call.row_bytes;
     for (uint32_t i = lane * 16; count == 0 && i < call.row_bytes; i += 512)
       *reinterpret_cast<uint4*>(out + i) = make_uint4(0, 0, 0, 0);
     sum_rows(0, call.row_bytes, own, sum, out, term, 1.0f, count);

@@ -128,8 +128,10 @@ __device__ inline Verdict make_plan(const Mesh& mesh, const ExchangeCall& call,
     for (int r = 0; r < ranks; ++r) {
       if (r < me) own.record_base += counts[r * ranks + peer];
       if (r < peer) own.first_from += counts[r * ranks + me];
-      if (r < me) partial_out += align_heap(counts[peer * ranks + r] * call.slot_bytes);
-      if (r < peer) partial_in += align_heap(counts[me * ranks + r] * call.slot_bytes);
+      // A rank's own partial rows of its own tokens do not travel.
+      if (r < me && r != peer)
+        partial_out += align_heap(counts[peer * ranks + r] * call.slot_bytes);
+      if (r < peer && r != me) partial_in += align_heap(counts[me * ranks + r] * call.slot_bytes);
       from += counts[r * ranks + peer];
     }
     own.num_from = counts[peer * ranks + me];
@@ -153,7 +155,7 @@ __device__ inline Verdict make_plan(const Mesh& mesh, const ExchangeCall& call,
       needed = place_partials(mesh, call, ledger, peer, own);
     } else {
       for (int w = 0; w < ranks; ++w)
-        needed += align_heap(counts[peer * ranks + w] * call.slot_bytes);
+        if (w != peer) needed += align_heap(counts[peer * ranks + w] * call.slot_bytes);
       own.partial_out = grant + partial_out;
       own.partial_in = mesh.heap[me] + call.grant_offset + partial_in;
     }

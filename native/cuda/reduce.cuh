@@ -28,17 +28,21 @@ __device__ inline Turn turn_of(const Mesh& mesh, const CombineCall& call, uint32
 // next two are under way while one is summed.
 struct Job {
   uint32_t ticket;
+  uint32_t token;  // of this rank; only where it is the source
   int32_t expert;  // of this lane; -1: none here
   int32_t row;
   float weight;
 };
 
 __device__ inline Job make_job(const Mesh& mesh, const CombineCall& call, uint32_t ticket) {
-  Job job{ticket, -1, -1, 1.0f};
+  Job job{ticket, 0, -1, -1, 1.0f};
   const Turn turn = turn_of(mesh, call, ticket);
-  if (!turn.is_there || lane_id() >= mesh.num_topk) return job;
-  const RecordEntry* entry =
-      record_entries(call.records + uint64_t(turn.index) * record_bytes(mesh.num_topk)) + lane_id();
+  if (!turn.is_there) return job;
+  const uint8_t* record = call.records + uint64_t(turn.index) * record_bytes(mesh.num_topk);
+  if (int(turn.source) == mesh.rank)
+    job.token = uint32_t(reinterpret_cast<const RecordHeader*>(record)->token);
+  if (lane_id() >= mesh.num_topk) return job;
+  const RecordEntry* entry = record_entries(record) + lane_id();
   job.expert = entry->expert;
   job.row = call.layout == kRows ? int32_t(turn.index) : entry->row;
   return job;
@@ -55,13 +59,16 @@ template <typename Sum>
 __device__ void reduce_record(const Mesh& mesh, const CombineCall& call, WarpMemory& own, Sum& sum,
                               const Job& job, const Turn& turn) {
   const int lane = lane_id();
-  const bool is_here = job.expert >= 0;
-  uint8_t* to =
-      mesh.workspace->plan.peer[turn.source].partial_out + uint64_t(turn.number) * call.slot_bytes;
+  const bool is_here = job.expert >= 0, is_own = int(turn.source) == mesh.rank;
+  uint8_t* to = is_own ? call.out + uint64_t(job.token) * call.row_bytes
+                       : mesh.workspace->plan.peer[turn.source].partial_out +
+                             uint64_t(turn.number) * call.slot_bytes;
   if (call.weight_grads != nullptr && is_here) {
     const uint64_t place =
         call.layout == kRows ? uint64_t(turn.index) * mesh.num_topk + lane : uint64_t(job.row);
-    reinterpret_cast<float*>(to + call.row_bytes)[lane] = call.weight_grads[place];
+    float* grads = is_own ? call.out_weight_grads + uint64_t(job.token) * uint64_t(mesh.num_topk)
+                          : reinterpret_cast<float*>(to + call.row_bytes);
+    grads[lane] = call.weight_grads[place];
   }
   // In the rows layout all lanes with a slot here share one row: the first of them stands for it.
   const uint32_t here = __ballot_sync(0xffffffffu, is_here);

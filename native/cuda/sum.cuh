@@ -134,8 +134,9 @@ __device__ inline WarpMemory carve_sums(uint32_t piece_bytes, uint8_t* memory) {
   return own;
 }
 
-// A rank's row of an own token is its partial row as it stands: one row, nothing to multiply or to
-// round. It is read where the caller has it.
+// The partial row that this rank itself gives for an own token lies in `out`, in the place of the
+// sum that will take it in; or, one row with nothing to multiply or to round, where the caller has
+// it.
 __device__ inline bool is_own_row_partial(const CombineCall& call) {
   return call.layout == kRows && call.weights == nullptr;
 }

@@ -203,6 +203,7 @@ __device__ void sum_groups(uint32_t end, WarpMemory& own, Sum& sum, uint8_t* to,
 struct Part {
   const uint8_t* row;
   const float* grads;
+  bool has_grads;        // reduce has written them where they belong
   const uint32_t* flag;  // nullptr: it is there
   int node;
   int key;  // parts are added in this order; equal keys: the same part
@@ -211,7 +212,7 @@ struct Part {
 
 __device__ inline Part part_of(const Mesh& mesh, const CombineCall& call, const TierCall& tier,
                                uint32_t token, const Route& route) {
-  Part part{nullptr, nullptr, nullptr, -1, -1, -1};
+  Part part{nullptr, nullptr, false, nullptr, -1, -1, -1};
   if (route.rank < 0) return part;
   const DeviceFabric& fabric = *mesh.fabric;
   const Plan& plan = mesh.workspace->plan;
@@ -227,15 +228,21 @@ __device__ inline Part part_of(const Mesh& mesh, const CombineCall& call, const 
   } else {
     part.key += route.rank;
     part.peer = route.rank;
-    if (is_own_row_partial(call) && route.rank == mesh.rank) {
+    const bool is_own = route.rank == mesh.rank;
+    if (is_own && is_own_row_partial(call)) {
       part.row = call.y + uint64_t(route.row) * call.row_bytes;
       if (call.weight_grads != nullptr)
         part.grads = call.weight_grads + uint64_t(route.row) * uint64_t(mesh.num_topk);
       return part;
     }
-    part.row = plan.peer[route.rank].partial_in + uint64_t(route.record) * call.slot_bytes;
     part.flag = at<uint32_t>(mesh, mesh.rank, mesh.partial_arrived) +
                 partial_flag(mesh, mesh.rank, route.rank) + uint32_t(route.record);
+    if (is_own) {
+      part.row = call.out + uint64_t(token) * call.row_bytes;
+      part.has_grads = true;
+      return part;
+    }
+    part.row = plan.peer[route.rank].partial_in + uint64_t(route.record) * call.slot_bytes;
   }
   part.grads = reinterpret_cast<const float*>(part.row + call.row_bytes);
   return part;
@@ -279,7 +286,7 @@ __device__ void tier_final_reduce(const Mesh& mesh, const CombineCall& call, con
     if (!__all_sync(0xffffffffu, has_come)) break;
     fence_async_global();  // what the acquire made visible, before the bulk loads
     __syncwarp();
-    if (call.out_weight_grads != nullptr && lane < mesh.num_topk)
+    if (call.out_weight_grads != nullptr && lane < mesh.num_topk && !part.has_grads)
       call.out_weight_grads[uint64_t(token) * mesh.num_topk + lane] =
           part.grads == nullptr ? 0.0f : part.grads[lane];
     const uint32_t marks = mark_group(mesh, is_first, part);

@@ -1,5 +1,5 @@
 // Combine between nodes: what a rank's landing holds. First the partial rows of its own tokens from
-// the ranks of its node, then the rows of its tokens that other nodes send, then the partial rows
+// the other ranks of its node, then the rows of its tokens that other nodes send, then the partial rows
 // of tokens for whose sources it is the rail.
 #pragma once
 
@@ -18,11 +18,11 @@ struct PartialLanding {
   const uint32_t* node_counts;  // [source][node]
   uint64_t slot_bytes;
 
-  // Partial rows of `source` from ranks below `end` of `node`.
+  // Partial rows of `source` from other ranks below `end` of `node`.
   __device__ uint64_t from_ranks(int source, int node, int end) const {
     uint64_t bytes = 0;
     for (int rank = 0; rank < end; ++rank)
-      if (fabric.node_of[rank] == node)
+      if (fabric.node_of[rank] == node && rank != source)
         bytes += align_heap(counts[source * mesh.num_ranks + rank] * slot_bytes);
     return bytes;
   }

@@ -20,8 +20,7 @@ ENVIRONMENTS = {
     "host": {"UCX_TLS": "tcp,self"},
     "device": {"UCX_TLS": "all", "COMMLIB_RING_MEMORY": "device"},
 }
-WRONG = pytest.mark.xfail(reason="rings in GPU memory are not right yet: docs/design.md, section 10", strict=False)
-over_rings = pytest.mark.parametrize("rings", ["host", pytest.param("device", marks=WRONG)])
+over_rings = pytest.mark.parametrize("rings", ["host", "device"])
 
 
 def check(

@@ -9,7 +9,7 @@ Rows of expert e are those from `ends[e - 1]` to `ends[e]`, multiples of 128. Wh
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -25,6 +25,20 @@ from commlib.layout import SCALE_BLOCK
 __all__ = ["grouped_mm", "grouped_weight_grad"]
 
 _TOGETHER = 8  # tiles one below the other that run at the same time
+
+
+class _Tile(NamedTuple):
+    """Of a program: its rows (128 columns each), and what it is launched with."""
+
+    height: int
+    warps: int
+    stages: int
+
+
+# One program of the first kind fits on a multiprocessor, and waits for itself where a tile begins and ends; three of
+# the second, which take half as many bytes again from the cache.
+_LARGE, _SMALL = _Tile(128, 8, 4), _Tile(64, 4, 3)
+_FEW_STEPS = 32  # of 128: up to here begin and end weigh more (measured at 4, 16 and 56: docs/performance.md)
 
 
 def grouped_mm(
@@ -67,14 +81,16 @@ def grouped_mm(
     if depth == 0 and add_to is None:
         out.zero_()
     elif out.numel() and num_experts and depth:
-        columns = width // SCALE_BLOCK
+        columns, tile = width // SCALE_BLOCK, _SMALL if depth <= _FEW_STEPS * SCALE_BLOCK else _LARGE
+        weights = _tiles(w.flatten(0, 1))
         _launch(
             rows_kernel,
-            num_rows // SCALE_BLOCK * columns,
-            (_tiles(x), x_scales.contiguous(), _tiles(w.flatten(0, 1)), w_scales.contiguous(), ends.contiguous(), out),
+            tile,
+            num_rows // tile.height * columns,
+            (_tiles(x, tile.height), x_scales.contiguous(), weights, w_scales.contiguous(), ends.contiguous(), out),
             (
                 *(width, depth, num_rows, num_experts, columns, triton.next_power_of_2(num_experts)),
-                *(SCALE_BLOCK, _TOGETHER, add_to is not None),
+                *(SCALE_BLOCK, tile.height, _TOGETHER, add_to is not None),
             ),
         )
     return out
@@ -110,13 +126,14 @@ def grouped_weight_grad(
         return torch.zeros(shape, dtype=dtype, device=x.device)
     out = torch.empty(shape, dtype=dtype, device=x.device)
     if out.numel():
-        columns = depth // SCALE_BLOCK
-        tiles = width // SCALE_BLOCK * columns
+        columns, height = depth // SCALE_BLOCK, _SMALL.height
+        tiles = width // height * columns
         _launch(
             weights_kernel,
+            _SMALL,  # an expert's rows are few
             len(ends) * tiles,
-            (_tiles(grad), grad_scales.contiguous(), _tiles(x), x_scales.contiguous(), ends.contiguous(), out),
-            (width, depth, columns, tiles, SCALE_BLOCK),
+            (_tiles(grad, height), grad_scales.contiguous(), _tiles(x), x_scales.contiguous(), ends.contiguous(), out),
+            (width, depth, columns, tiles, SCALE_BLOCK, height),
         )
     return out
 
@@ -134,12 +151,12 @@ def _check_kinds(operands: tuple[Tensor, ...], scales: tuple[Tensor, ...], ends:
                 raise ConfigError(f"{each.dtype} on {each.device}, the rule: {dtype} on {operands[0].device}")
 
 
-def _tiles(matrix: Tensor) -> Any:
-    return TensorDescriptor.from_tensor(aligned(matrix), [SCALE_BLOCK, SCALE_BLOCK])
+def _tiles(matrix: Tensor, height: int = SCALE_BLOCK) -> Any:
+    return TensorDescriptor.from_tensor(aligned(matrix), [height, SCALE_BLOCK])
 
 
-def _launch(kernel: Any, programs: int, tensors: tuple[Any, ...], sizes: tuple[int, ...]) -> None:
+def _launch(kernel: Any, tile: _Tile, programs: int, tensors: tuple[Any, ...], sizes: tuple[int, ...]) -> None:
     index = tensors[-1].get_device()
     with torch.cuda.device(index):
         bind_context(index)
-        kernel[(programs,)](*tensors, *sizes, num_warps=8, num_stages=4)
+        kernel[(programs,)](*tensors, *sizes, num_warps=tile.warps, num_stages=tile.stages)

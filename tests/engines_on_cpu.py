@@ -48,6 +48,9 @@ class NoEvent:
     def wait(self, stream: int) -> None:
         pass
 
+    def has_passed(self) -> bool:
+        return True
+
     def synchronize(self) -> None:
         pass
 

@@ -25,6 +25,7 @@ _DISABLE_TIMING = 2  # CU_EVENT_DISABLE_TIMING
 _MAX_DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 _HOST_PORTABLE, _HOST_DEVICEMAP = 1, 2  # CU_MEMHOSTREGISTER_*
+_NOT_READY = 600  # CUDA_ERROR_NOT_READY
 _ALREADY_REGISTERED = 712  # CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED
 
 _USES_HOST_PAGE_TABLES = 100  # CU_DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS_USES_HOST_PAGE_TABLES
@@ -168,6 +169,13 @@ class Event:
     def wait(self, stream: int) -> None:
         """What is enqueued on the stream from now on comes after the event as it was recorded last."""
         _check("cuStreamWaitEvent", _library().cuStreamWaitEvent(_Pointer(stream), self._event, 0))
+
+    def has_passed(self) -> bool:
+        """Whether the device has come to the event as it was recorded last."""
+        code = _library().cuEventQuery(self._event)
+        if code != _NOT_READY:
+            _check("cuEventQuery", code)
+        return bool(code == 0)
 
     def synchronize(self) -> None:
         _check("cuEventSynchronize", _library().cuEventSynchronize(self._event))

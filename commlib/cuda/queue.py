@@ -189,10 +189,8 @@ class OpQueue:
             data = KernelCall("exchange", 1, EXCHANGE_THREADS, self._settle_bytes, self.mesh, exchange)
         self.launch(pending.stream, data)
         if self.tiers is not None and self.tiers.puts_call_driver and not torch.cuda.is_current_stream_capturing():
-            # The caller gets no chance to keep the puts of this kernel out of the driver.
             self._last_event.record(pending.stream)
-            self._last_event.synchronize()
-            self._watch.check_faults()
+            self.tiers.wait_for_puts(self._last_event, self._watch.check_faults)
 
     def launch(self, stream: int, call: KernelCall) -> None:
         kernel = self._kernels[call.name]

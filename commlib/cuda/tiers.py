@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -95,6 +97,15 @@ class Tiers:
         self.view = torch.frombuffer(bytearray(view), dtype=torch.uint8).cuda()
         torch.cuda.current_stream().synchronize()
         return b""
+
+    @staticmethod
+    def wait_for_puts(kernel_end: Any, check_faults: Callable[[], None]) -> None:
+        """Where `puts_call_driver`: until the kernel has ended, so that its caller cannot keep its puts out. Raises
+        what `check_faults` does, which ends kernels that would wait for a lost peer."""
+        while not kernel_end.has_passed():
+            check_faults()
+            time.sleep(2e-5)
+        check_faults()
 
     @property
     def has_device_rings(self) -> bool:

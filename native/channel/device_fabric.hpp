@@ -29,6 +29,14 @@ struct RecvEnd {
   uint32_t reserved;
 };
 
+// Of blocks that serve one ring together, see native/cuda/tier_team.cuh.
+struct TeamWords {
+  uint64_t turn;
+  int32_t ring;
+  uint32_t first, end;
+  uint32_t num_through;
+};
+
 // Written by the kernels of one Runtime, one after the other.
 struct FabricState {
   uint64_t dispatch_sent[kMaxFabricRanks];      // [node] chunks over the life of the ring
@@ -38,6 +46,7 @@ struct FabricState {
   uint64_t fifo_head[kMaxFabricFifos];          // [writer][proxy thread]
   uint64_t fifo_cached_tail[kMaxFabricFifos];
   uint32_t node_totals[kMaxFabricRanks];  // own tokens to each node, while they are counted
+  TeamWords team[2][kMaxFabricRanks];     // [side][place of the ring among those of its side]
 };
 
 struct DeviceFabric {

@@ -54,7 +54,8 @@ __device__ void forward_reduce(const Mesh& mesh, const CombineCall& call, const 
                                uint32_t blocks) {
   DeviceFabric& fabric = *mesh.fabric;
   const Plan& plan = mesh.workspace->plan;
-  const BlockRings rings{number, blocks, uint32_t(fabric.num_in_sources)};
+  const BlockRings rings =
+      rings_of(kTokensOfOthers, number, blocks, uint32_t(fabric.num_in_sources));
   const Outgoing side{mesh,
                       fabric.combine_send,
                       fabric.state.combine_sent,
@@ -93,7 +94,8 @@ __device__ inline void receive(const Mesh& mesh, const TierCall& tier, WarpMemor
                                uint32_t number, uint32_t blocks) {
   DeviceFabric& fabric = *mesh.fabric;
   const Plan& plan = mesh.workspace->plan;
-  const BlockRings rings{number, blocks, uint32_t(fabric.num_nodes - 1)};
+  const BlockRings rings =
+      rings_of(kOwnTokens, number, blocks, uint32_t(fabric.num_nodes - 1));
   const Incoming side{mesh,
                       fabric.combine_recv,
                       fabric.state.combine_received,

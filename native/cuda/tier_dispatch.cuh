@@ -82,8 +82,9 @@ __device__ inline void scale_out_send(const Mesh& mesh, const DispatchCall& call
                                       const TierCall& tier, WarpMemory& own, uint32_t number,
                                       uint32_t blocks) {
   DeviceFabric& fabric = *mesh.fabric;
-  const BlockRings rings{number, blocks, uint32_t(fabric.num_nodes - 1)};
-  if (tier.is_fresh != 0)
+  const BlockRings rings =
+      rings_of(kOwnTokens, number, blocks, uint32_t(fabric.num_nodes - 1));
+  if (tier.is_fresh != 0 && rings.member == 0)
     for (uint32_t i = rings.first; i < rings.count; i += rings.step)
       list_slots(mesh, tier, fabric.remote_nodes[i]);
   const Outgoing side{mesh,
@@ -176,7 +177,8 @@ __device__ inline void forward_slot(const Mesh& mesh, const DispatchCall& call,
 __device__ inline void forward(const Mesh& mesh, const DispatchCall& call, const TierCall& tier,
                                WarpMemory& own, uint32_t number, uint32_t blocks) {
   DeviceFabric& fabric = *mesh.fabric;
-  const BlockRings rings{number, blocks, uint32_t(fabric.num_in_sources)};
+  const BlockRings rings =
+      rings_of(kTokensOfOthers, number, blocks, uint32_t(fabric.num_in_sources));
   const Incoming side{mesh,
                       fabric.dispatch_recv,
                       fabric.state.dispatch_received,

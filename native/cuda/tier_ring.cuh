@@ -4,21 +4,9 @@
 #pragma once
 
 #include "cuda/bulk.cuh"
-#include "cuda/tier_exchange.cuh"
+#include "cuda/tier_team.cuh"
 
 namespace commlib::cuda {
-
-constexpr int kDone = -1, kBroken = -2;
-
-struct Batch {
-  int ring;  // or kDone, kBroken
-  uint32_t first, end;
-};
-
-// Rings of a block: numbers `first`, `first + step`, ... below `count`.
-struct BlockRings {
-  uint32_t first, step, count;
-};
 
 __device__ inline uint64_t partial_flag(const Mesh& mesh, int source, int writer) {
   const DeviceFabric& fabric = *mesh.fabric;
@@ -30,6 +18,11 @@ __device__ inline uint64_t partial_flag(const Mesh& mesh, int source, int writer
 __device__ inline uint32_t batch_slots(const RingGeometry& ring, uint64_t chunks) {
   const uint64_t half = ring.num_chunks < 4 ? 1 : ring.num_chunks / 2;
   return uint32_t((chunks < half ? chunks : half) * ring.slots_per_chunk);
+}
+
+template <typename Side>
+__device__ WaitFor waiting_for(const Mesh& mesh, const Side& side, uint32_t ring) {
+  return {side.phase(), side.peer(ring), mesh.workspace->plan.epoch, side.num_slots(ring)};
 }
 
 // One thread: goes over the rings in turn until one of them can go on, or all slots are done.
@@ -61,14 +54,12 @@ __device__ Batch next_batch(const Mesh& mesh, const Side& side, const BlockRings
   };
   uint64_t seen = 0;
   if (look(&seen)) return batch;
-  const WaitFor what{side.phase(), side.peer(uint32_t(waiting)), mesh.workspace->plan.epoch,
-                     side.num_slots(uint32_t(waiting))};
-  if (!wait_until(mesh, what, look)) batch.ring = kBroken;
+  if (!wait_until(mesh, waiting_for(mesh, side, uint32_t(waiting)), look)) batch.ring = kBroken;
   return batch;
 }
 
-// `move(ring, slot)` for every slot of every ring of the block, dealt to its warps in order;
-// `finish()` when a warp's part of a batch must be complete. False: the Runtime is faulty.
+// `move(ring, slot)` for every slot of every ring of the block, dealt to the warps that serve it in
+// order; `finish()` when a warp's part of a batch must be complete. False: the Runtime is faulty.
 template <typename Side, typename Move, typename Finish>
 __device__ bool serve_rings(const Mesh& mesh, const Side& side, const BlockRings& rings, Move move,
                             Finish finish) {
@@ -76,23 +67,36 @@ __device__ bool serve_rings(const Mesh& mesh, const Side& side, const BlockRings
   __shared__ Batch shared_batch;
   for (uint32_t i = threadIdx.x; i < kMaxFabricRanks; i += blockDim.x) done[i] = 0;
   __syncthreads();
+  const bool is_first = rings.member == 0, is_alone = rings.team == 1;
+  const uint32_t warps = blockDim.x / 32;
+  Team team(mesh, rings);
   uint32_t turn = 0;
+  const auto look = [&] {
+    if (!is_first) return team.follow(waiting_for(mesh, side, rings.first));
+    const Batch batch = next_batch(mesh, side, rings, done, &turn);
+    if (!is_alone) team.lead(batch);
+    return batch;
+  };
+  const auto tell = [&](const Batch& batch) {
+    done[batch.ring] = batch.end;
+    if (!is_first) team.tell_through();
+    if (!is_first) return true;
+    if (!is_alone && !team.wait_through(waiting_for(mesh, side, rings.first))) return false;
+    return side.tell(batch);
+  };
   for (;;) {
-    if (threadIdx.x == 0) shared_batch = next_batch(mesh, side, rings, done, &turn);
+    if (threadIdx.x == 0) shared_batch = look();
     __syncthreads();
     const Batch batch = shared_batch;
     if (batch.ring < 0) return batch.ring == kDone;
     bool is_fine = true;
-    for (uint32_t slot = batch.first + uint32_t(warp_id()); slot < batch.end && is_fine;
-         slot += blockDim.x / 32)
+    for (uint32_t slot = batch.first + rings.member * warps + uint32_t(warp_id());
+         slot < batch.end && is_fine; slot += warps * rings.team)
       is_fine = move(batch.ring, slot);
     finish();
     fence_system();  // what this thread stored, before the command of thread 0
     if (__syncthreads_and(is_fine) == 0) return false;
-    if (threadIdx.x == 0) {
-      is_fine = side.tell(batch);
-      done[batch.ring] = batch.end;
-    }
+    if (threadIdx.x == 0) is_fine = tell(batch);
     if (__syncthreads_and(is_fine) == 0) return false;
   }
 }

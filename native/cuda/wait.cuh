@@ -77,7 +77,8 @@ struct Tickets {
 // Spins until `poll()` has nothing left to wait for. `poll` returns true when done and leaves what
 // it saw in its argument. False: the Runtime is faulty, leave the kernel.
 template <typename Poll>
-__device__ inline bool wait_until(const Mesh& mesh, const WaitFor& what, Poll poll) {
+__device__ inline bool wait_until(const Mesh& mesh, const WaitFor& what, Poll poll,
+                                  uint64_t timeout_ns) {
   uint64_t seen = 0;
   if (poll(&seen)) return true;
   const uint64_t start = now_ns();
@@ -88,11 +89,16 @@ __device__ inline bool wait_until(const Mesh& mesh, const WaitFor& what, Poll po
       adopt_fault(mesh);
       return false;
     }
-    if (now_ns() - start > mesh.timeout_ns) {
+    if (now_ns() - start > timeout_ns) {
       raise_timeout(mesh, what, seen);
       return false;
     }
   }
+}
+
+template <typename Poll>
+__device__ inline bool wait_until(const Mesh& mesh, const WaitFor& what, Poll poll) {
+  return wait_until(mesh, what, poll, mesh.timeout_ns);
 }
 
 // "This record came in this epoch": one writer, never reset. Partner: the fence and store in

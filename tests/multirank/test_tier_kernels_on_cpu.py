@@ -59,14 +59,16 @@ class SharedMemory:
             return np.frombuffer(mmap.mmap(file.fileno(), os.fstat(file.fileno()).st_size), dtype=np.uint8)
 
 
-def kernels_rank(node_of_rank: list[int], rings: str, folder: str, libraries: str, names: list[str]) -> None:
+def kernels_rank(
+    node_of_rank: list[int], rings: str, blocks: dict[str, int], folder: str, libraries: str, names: list[str]
+) -> None:
     boot = Scene().boot if rings == "device" else connect(None)
     rank, topology = boot.rank, Topology(tuple(node_of_rank))
     num_ranks = topology.num_ranks
     # Rings of a few rows, so that even a few tokens go round them several times.
     config = RuntimeConfig(
-        hidden=HIDDEN, num_experts=EXPERTS * num_ranks, num_topk=TOPK, max_tokens=TOKENS + 3, num_sms=3,
-        chunk_bytes=1024, ring_bytes=4096, ring_memory=rings, timeout_s=60.0,
+        hidden=HIDDEN, num_experts=EXPERTS * num_ranks, num_topk=TOPK, max_tokens=TOKENS + 3,
+        chunk_bytes=1024, ring_bytes=4096, ring_memory=rings, timeout_s=60.0, **{"num_sms": 3, **blocks},
     )  # fmt: skip
     tiers = open_tiers(boot, config, [], topology, regions_of(config, topology).exchange_row_bytes)
     replace_cuda(pytest.MonkeyPatch())
@@ -109,13 +111,23 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-# "device": in memory of their own, behind the words, as a GPU's would be.
-@pytest.mark.parametrize(("node_of_rank", "rings"), [([0, 0, 1, 1], "host"), ([0, 1, 2], "device")])
-def test_there_and_back(node_of_rank: list[int], rings: str, libraries: str, tmp_path: Path) -> None:
+# "device": in memory of their own, behind the words, as a GPU's would be. Two blocks at a ring, then three at two.
+@pytest.mark.parametrize(
+    ("node_of_rank", "rings", "blocks"),
+    [
+        ([0, 0, 1, 1], "host", {}),
+        ([0, 1, 2], "device", {}),
+        ([0, 0, 1, 1], "host", {"num_sms": 5, "out_blocks": 2, "in_blocks": 2}),
+        ([0, 1, 2], "device", {"num_sms": 6, "out_blocks": 3, "in_blocks": 2}),
+    ],
+)
+def test_there_and_back(
+    node_of_rank: list[int], rings: str, blocks: dict[str, int], libraries: str, tmp_path: Path
+) -> None:
     check_ranks(
         "test_tier_kernels_on_cpu:kernels_rank",
         len(node_of_rank),
-        args=(node_of_rank, rings, str(tmp_path), libraries, ["uniform", "masked", "uneven"]),
+        args=(node_of_rank, rings, blocks, str(tmp_path), libraries, ["uniform", "masked", "uneven"]),
         env={"UCX_TLS": "tcp,self"},
         timeout_s=150,
     )

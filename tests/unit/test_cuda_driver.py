@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from commlib.cuda import driver
+from commlib.cuda.tiers import Tiers
 from commlib.errors import TransportError
 
 
@@ -74,3 +75,37 @@ def test_memory_that_cannot_be_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
     use_driver(monkeypatch, cuMemHostRegister_v2=lambda address, num_bytes, flags: 2)
     with pytest.raises(TransportError, match="cuMemHostRegister failed"):
         driver.map_host_memory(4096, 8192)
+
+
+def test_an_event_that_is_not_there_yet_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    codes = [600, 0, 719]
+    use_driver(
+        monkeypatch,
+        cuEventCreate=lambda event, flags: 0,
+        cuEventDestroy_v2=lambda event: 0,
+        cuEventQuery=lambda event: codes.pop(0),
+    )
+    event = driver.Event()
+    assert [event.has_passed(), event.has_passed()] == [False, True]
+    with pytest.raises(TransportError, match="cuEventQuery failed"):
+        event.has_passed()
+
+
+@pytest.mark.parametrize("faulty_at", [None, 1, 3])
+def test_a_call_that_waits_for_its_puts_looks_for_faults(faulty_at: int | None) -> None:
+    """While the kernel runs, and once when it has ended: a missed deadline ends it, too."""
+    looks: list[int] = []
+    answers = [False, False, True]
+
+    def check_faults() -> None:
+        looks.append(len(answers))
+        if len(looks) == faulty_at:
+            raise TransportError("a peer is lost", call="put", code=0)
+
+    event = SimpleNamespace(has_passed=lambda: answers.pop(0))
+    if faulty_at is None:
+        Tiers.wait_for_puts(event, check_faults)
+    else:
+        with pytest.raises(TransportError, match="a peer is lost"):
+            Tiers.wait_for_puts(event, check_faults)
+    assert looks == [2, 1, 0][: faulty_at or 3]

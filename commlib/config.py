@@ -43,9 +43,10 @@ class RuntimeConfig:
         num_sms: multiprocessors that a kernel of the GPU executor takes.
         num_local_sms: multiprocessors for work that stays on the GPU (expand, reduce), if more than `num_sms`.
         out_blocks, in_blocks: between nodes, multiprocessors that serve a rank's own tokens on their way to other nodes
-            and back, and those of other nodes, of the `num_sms` of a kernel; None: by the rates of the links. Of the
-            latter fewer take part in a call whose rows go to fewer ranks than in balanced routing, and, unless their
-            number is given, more where rows go to more ranks (GPU only).
+            and back, and those of other nodes, of the `num_sms` of a kernel; None: by the rates of the links, at most
+            as many as there are partners. More than those serve rings together. Of the latter fewer take part in a call
+            whose rows go to fewer ranks than in balanced routing, and, unless their number is given, more where rows go
+            to more ranks (GPU only).
         decode_tokens: most tokens of a rank in a call of the latency regime, for which there are slots, between nodes
             room in the heap, from construction on (GPU only); None: that regime is not used. Within a node a block's
             shared memory must hold what all ranks' tokens chose: 1024 tokens with 8 ranks, top-8 of 256 experts.

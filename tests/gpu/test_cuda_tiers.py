@@ -89,6 +89,14 @@ def test_several_proxy_threads(rings: str) -> None:
     check("plain_rank", 4, 1, ["uniform", "masked"], 256, 37, {**SMALL, "num_proxy_threads": 3}, rings=rings)
 
 
+@over_rings
+@pytest.mark.parametrize("ranks_per_node", [2, 1])
+def test_several_blocks_at_a_ring(ranks_per_node: int, rings: str) -> None:
+    """Of two nodes all at one ring, of four two each at two of the three."""
+    blocks = {"num_sms": 12, "out_blocks": 5, "in_blocks": 5}
+    check("plain_rank", 4, ranks_per_node, ["uniform", "masked"], 256, 101, {**SMALL, **blocks}, rings=rings)
+
+
 def test_autograd() -> None:
     check("autograd_rank", 4, 2)
 

@@ -44,9 +44,9 @@ class RuntimeConfig:
         num_local_sms: multiprocessors for work that stays on the GPU (expand, reduce), if more than `num_sms`.
         out_blocks, in_blocks: between nodes, multiprocessors that serve a rank's own tokens on their way to other nodes
             and back, and those of other nodes, of the `num_sms` of a kernel; None: by the rates of the links, at most
-            as many as there are partners. More than those serve rings together. Of the latter fewer take part in a call
-            whose rows go to fewer ranks than in balanced routing, and, unless their number is given, more where rows go
-            to more ranks (GPU only).
+            as many as there are other nodes. More blocks than rings serve those together. Of the latter fewer take part
+            in a call whose rows go to fewer ranks than in balanced routing, and, unless their number is given, more
+            where rows go to more ranks (GPU only).
         decode_tokens: most tokens of a rank in a call of the latency regime, for which there are slots, between nodes
             room in the heap, from construction on (GPU only); None: that regime is not used. Within a node a block's
             shared memory must hold what all ranks' tokens chose: 1024 tokens with 8 ranks, top-8 of 256 experts.
@@ -54,7 +54,8 @@ class RuntimeConfig:
         chunk_bytes: bytes moved per put over scale-out (one row, if a row is larger).
         ring_bytes: bytes of one scale-out ring, which is also the most that is in flight to one peer. On links that
             drop what their queues cannot hold (TCP), more is slower; on long fast links less is (docs/performance.md).
-        arena_bytes: initial heap of the arena; None = sized from the shape.
+        arena_bytes: initial heap of the arena; None = sized from the shape (GPUs: for one dispatch of uniform choices
+            and its combine).
         max_arena_bytes: virtual size of the arena, up to which it may grow.
         max_in_flight: operations issued but not yet finished, at most; a further one waits for room.
         timeout_s: seconds without progress after which a wait raises.

@@ -12,7 +12,7 @@ COMMLIB_JOB_TOKEN               secret that the ranks of one job share
 COMMLIB_RANK                    this process's rank
 COMMLIB_WORLD_SIZE              number of ranks
 COMMLIB_TRANSPORT               name of the scale-out transport: ucx | verbs | auto
-COMMLIB_RING_MEMORY             where the rings between nodes lie, for GPUs: host | device (not right yet)
+COMMLIB_RING_MEMORY             where the rings between nodes lie, for GPUs: host | device
 COMMLIB_NUM_THREADS             worker threads of the CPU executor, per rank
 COMMLIB_NUM_PROXY_THREADS       threads that carry bytes between nodes, per rank
 COMMLIB_BOOTSTRAP               auto | mpi | zmq | torch

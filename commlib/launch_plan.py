@@ -23,6 +23,7 @@ __all__ = [
     "plan_ring",
 ]
 
+_MOST_WRITERS = 64  # of commands to the network, besides the exchange: kMaxFabricFifos has room for their FIFOs
 _UNIT = 16  # bytes in which commands address registered memory
 _PER_COPY_UNIT = 256  # of blocks, kPerCopyUnit in native/channel/role_blocks.hpp
 _INDEX_BYTES = 4  # behind the record, per slot of the token: which record of the expert's rank it is
@@ -141,7 +142,7 @@ def plan_launch(config: RuntimeConfig, topology: Topology, rates: LinkRates | No
     all blocks for either way, at least one, and no more than there are partners. What `config` says of them stands.
 
     Raises:
-        ConfigError: fewer than three multiprocessors, or none left for local work.
+        ConfigError: fewer than three multiprocessors, none left for local work, or more than 64 for the network.
     """
     rates = rates or LinkRates()
     if config.num_sms < 3:
@@ -158,11 +159,14 @@ def plan_launch(config: RuntimeConfig, topology: Topology, rates: LinkRates | No
     in_blocks = config.in_blocks or max(1, min(most, math.ceil(per_copy * fan_out)))
     if out_blocks + in_blocks >= config.num_sms:
         raise ConfigError(f"{out_blocks} + {in_blocks} blocks leave none of num_sms={config.num_sms} for local work")
+    most_in_blocks = config.in_blocks or max(in_blocks, min(most, config.num_sms - out_blocks - 1))
+    if out_blocks + most_in_blocks > _MOST_WRITERS:
+        raise ConfigError(f"{out_blocks} + {most_in_blocks} blocks serve the network, at most {_MOST_WRITERS} can")
     return LaunchPlan(
         num_blocks=config.num_sms,
         out_blocks=out_blocks,
         in_blocks=in_blocks,
-        most_in_blocks=config.in_blocks or max(in_blocks, min(most, config.num_sms - out_blocks - 1)),
+        most_in_blocks=most_in_blocks,
         blocks_per_copy=per_copy,
     )
 

@@ -42,6 +42,8 @@ _LATENCY_THREADS = 64
 class NoEvent:
     """Launches return when kernels have ended."""
 
+    num_looks = 0
+
     def record(self, stream: int) -> None:
         pass
 
@@ -49,6 +51,7 @@ class NoEvent:
         pass
 
     def has_passed(self) -> bool:
+        NoEvent.num_looks += 1
         return True
 
     def synchronize(self) -> None:

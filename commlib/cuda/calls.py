@@ -28,9 +28,11 @@ __all__ = [
     "check_rows",
     "check_tensor",
     "fault_error",
+    "pack_handle",
     "peer_lost_error",
     "phase_of",
     "refusal",
+    "unpack_handle",
 ]
 
 KINDS = {"dispatch": 1, "cached_dispatch": 2, "combine": 3, "barrier": 4, "grow": 5}
@@ -273,3 +275,12 @@ def fault_error(note: Any, rank: int, timeout_s: float) -> CommError:
         expected=note.expected,
         seen=note.seen,
     )
+
+
+def pack_handle(handle: bytes) -> bytes:
+    """For the text of an exchange, which ends at the first zero: in hexadecimal."""
+    return handle.hex().encode()
+
+
+def unpack_handle(text: bytes) -> bytes:
+    return bytes.fromhex(text.decode())

@@ -12,9 +12,10 @@ from commlib.cuda.memory import ALIGNMENT
 from commlib.cuda.operations import CudaHandle, KernelCall, PendingOp
 from commlib.cuda.params import CallWords, ExchangeCall, TierCall
 from commlib.cuda.params import CombineCall as CombineParams
+from commlib.errors import CapacityError
 from commlib.executor import CombineCall
 from commlib.launch_plan import combine_slot_bytes
-from commlib.layout import align_up
+from commlib.layout import align_up, format_bytes
 
 __all__ = ["CombineOps"]
 
@@ -115,7 +116,8 @@ class CombineOps:
         params, exchange = template.params, template.exchange
         params.y, params.out = y.data_ptr(), out.data_ptr()
         params.weights = 0 if weights is None else weights.data_ptr()
-        params.weight_grads = 0 if grads is None else grads.data_ptr()
+        # Not 0 without rows: 0 says that there are none on any rank, and a rail forwards those of others.
+        params.weight_grads = 0 if grads is None else grads.data_ptr() or queue.buffers.slots_address
         params.out_weight_grads = 0 if out_grads is None else out_grads.data_ptr()
         params.records, params.routes = native.records_address, native.routes_address
         params.num_tokens = native.num_tokens
@@ -126,7 +128,16 @@ class CombineOps:
         exchange.call.handle_epoch = native.epoch
         pending = PendingOp("combine", queue.runtime_id, exchange)
         pending.is_lazy, pending.data = native.capacity != 0, template.kernel
-        pending.grant_bytes = self._landing_bytes(native, template.slot_bytes)
+        needed = pending.grant_bytes = self._landing_bytes(native, template.slot_bytes)
+        if pending.is_lazy or torch.cuda.is_current_stream_capturing():  # nobody would wait for a larger heap
+            pending.grant = queue.arena.heap.take(needed)
+            if (available := pending.grant.num_bytes) < needed:
+                raise CapacityError(
+                    f"combine needs {format_bytes(needed)} in one piece, the heap has {format_bytes(available)} and "
+                    "cannot grow with a capacity or in a graph; give the Runtime more arena_bytes",
+                    needed=needed,
+                    available=available,
+                )
         pending.inputs, pending.out, pending.out_weight_grads = (y, weights, grads, None, call.handle), out, out_grads
         return pending
 

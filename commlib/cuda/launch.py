@@ -140,7 +140,7 @@ def plan_combine(row_bytes: int, tuning: Tuning, *, aside_bytes: int = 0) -> Lau
 
 
 def plan_tier_combine(row_bytes: int, element_bytes: int, tuning: Tuning) -> Launch:
-    """Between nodes: fewer warps, each with room for a piece's sums in FP32 (carve_aside in tier_combine.cuh)."""
+    """Between nodes: fewer warps, each with room for a piece's sums in FP32 (carve_aside in tier_final_reduce.cuh)."""
     warps = min(tuning.combine_warps, TIER_COMBINE_WARPS)
     aside_bytes = _MAX_COMBINE_PIECE // element_bytes * 4
     return plan_combine(row_bytes, replace(tuning, combine_warps=warps), aside_bytes=aside_bytes)

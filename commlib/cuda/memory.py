@@ -18,40 +18,21 @@ import torch
 from commlib.bootstrap import Bootstrap
 from commlib.bootstrap.agreement import allgather_or_raise
 from commlib.config import RuntimeConfig
-from commlib.cuda.decode import most_decode_rows, packet_room
+from commlib.cuda.decode import packet_room
 from commlib.cuda.driver import Event
 from commlib.cuda.host_page import HostPage
 from commlib.cuda.launch import MAX_PARTS, message_packets, plan_packets
 from commlib.cuda.params import ExchangeHeader, FaultNote, LatencyRegions, sizeof
 from commlib.errors import CapacityError, TransportError
-from commlib.layout import align_up, format_bytes, record_bytes
+from commlib.layout import align_up, format_bytes
 
-__all__ = ["ALIGNMENT", "Arena", "Heap", "Regions", "Segment", "Slab", "default_heap_bytes"]
+__all__ = ["ALIGNMENT", "Arena", "Heap", "Regions", "Segment", "Slab"]
 
 _logger = logging.getLogger("commlib.cuda")
 
 ALIGNMENT = 256
 _LINE = 64
 _LAZY_PEER_ACCESS = 1  # cudaIpcMemLazyEnablePeerAccess
-
-
-def default_heap_bytes(config: RuntimeConfig, num_ranks: int, num_nodes: int = 1) -> int:
-    """Room for one balanced BF16 dispatch, a thirty-second more, and the landing of its combine; it grows as needed.
-
-    Between nodes also for two dispatches of the latency regime with the config's alignment.
-    """
-    per_rank, topk, record = config.max_tokens * config.num_topk, config.num_topk, record_bytes(config.num_topk)
-    padding = config.num_experts // num_ranks * (config.expert_alignment // 2)
-    rows = (33 * per_rank // 32 + padding) * (2 * config.hidden + 4)
-    records = config.max_tokens * min(topk, num_ranks) * record
-    landing = config.max_tokens * min(topk, num_ranks - 1) * (2 * config.hidden + 4 * topk)
-    if num_nodes > 1:  # of tokens for which this rank is the rail as well
-        landing = 2 * config.max_tokens * min(topk, num_ranks) * (2 * config.hidden + record)
-    decode = 0
-    if num_nodes > 1 and config.decode_tokens is not None:
-        most = most_decode_rows(config, num_ranks, config.expert_alignment)
-        decode = 2 * (most * (2 * config.hidden + 4) + num_ranks * config.max_tokens * record)
-    return align_up(rows + records + landing + decode, 1 << 20)
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,15 @@ import torch
 from commlib.bootstrap import Bootstrap
 from commlib.config import RuntimeConfig
 from commlib.cuda.affinity import cpus_near
-from commlib.cuda.calls import KINDS, refusal
+from commlib.cuda.calls import KINDS, pack_handle, refusal, unpack_handle
 from commlib.cuda.driver import Event
+from commlib.cuda.heap_size import default_heap_bytes
 from commlib.cuda.host_page import HostPage
 from commlib.cuda.kernels import EXCHANGE_THREADS, Buffers, load_executor_kernels, make_mesh
 from commlib.cuda.landing import dispatch_landing
 from commlib.cuda.launch import Tuning, settle_bytes
 from commlib.cuda.limits import check_limits, check_multiprocessors
-from commlib.cuda.memory import Arena, Regions, Segment, Slab, default_heap_bytes
+from commlib.cuda.memory import Arena, Regions, Segment, Slab
 from commlib.cuda.operations import CudaHandle, KernelCall, PendingOp
 from commlib.cuda.params import TEXT_BYTES, CallWords, ExchangeCall, HostResult, sizeof
 from commlib.cuda.tiers import Tiers
@@ -125,6 +126,16 @@ class OpQueue:
             pending.done, pending.issue_stream = Event(), self.current_stream()
             pending.done.record(stream)
             self._not_received.append(pending)
+        if not is_capturing:
+            self._wait_for_puts(pending)
+
+    def _wait_for_puts(self, pending: PendingOp) -> None:
+        """The newest operation's, where its caller could keep them out of the driver."""
+        if self.tiers is None or not self.tiers.puts_call_driver:
+            return
+        limit_s = self.config.timeout_s + _GRACE_S
+        if not self.tiers.wait_for_puts(self._last_event, self._watch.check_faults, limit_s):
+            raise self._watch.device_silent(pending.ticket, pending.kind, pending.ticket - 1)
 
     def _enter(self, pending: PendingOp, is_capturing: bool) -> int:
         """The stream of an operation, behind everything that it must come after."""
@@ -188,9 +199,6 @@ class OpQueue:
         if data is None:
             data = KernelCall("exchange", 1, EXCHANGE_THREADS, self._settle_bytes, self.mesh, exchange)
         self.launch(pending.stream, data)
-        if self.tiers is not None and self.tiers.puts_call_driver and not torch.cuda.is_current_stream_capturing():
-            self._last_event.record(pending.stream)
-            self.tiers.wait_for_puts(self._last_event, self._watch.check_faults)
 
     def launch(self, stream: int, call: KernelCall) -> None:
         kernel = self._kernels[call.name]
@@ -268,6 +276,7 @@ class OpQueue:
             self._last_stream = pending.stream
             if pending.is_split:
                 pending.done.record(pending.stream)
+            self._wait_for_puts(pending)
             result, tail = self._wait_result(pending)
         if result.verdict != _GO:
             self._watch.check_faults()
@@ -342,7 +351,7 @@ class OpQueue:
                 )  # fmt: skip
             if needed > granted:
                 own = Segment(align_up(int(_GROWTH * max(needed, self.arena.heap.num_bytes)), 1 << 20))
-                exchange.text = _pack(own.handle())
+                exchange.text = pack_handle(own.handle())
         except CapacityError as error:
             exchange.status = 4
             exchange.text = str(error).encode("ascii", "backslashreplace")[: TEXT_BYTES - 1]
@@ -359,7 +368,7 @@ class OpQueue:
             self._watch.check_faults()
             reason = refusal(answer, self.num_ranks, self.config.num_topk, self.config.num_experts)
             raise CapacityError(str(reason), needed=needed, available=granted)
-        handles = [_unpack(header.text) for header in answer.headers[: self.num_ranks]]
+        handles = [unpack_handle(header.text) for header in answer.headers[: self.num_ranks]]
         try:
             self.arena.replace_heaps(own, handles)
         except CommError as error:  # the others go on: this rank cannot follow
@@ -434,12 +443,3 @@ class OpQueue:
                 slab.record_stream(stream)
                 return
         raise ConfigError("the tensor is no result of this Runtime")
-
-
-def _pack(handle: bytes) -> bytes:
-    """In hexadecimal: the field is text, which ends at the first zero."""
-    return handle.hex().encode()
-
-
-def _unpack(text: bytes) -> bytes:
-    return bytes.fromhex(text.decode())

@@ -3,6 +3,7 @@
 #include "cuda/settle.cuh"
 #include "cuda/tier_blocks.cuh"
 #include "cuda/tier_combine.cuh"
+#include "cuda/tier_final_reduce.cuh"
 
 namespace commlib::cuda {
 namespace {

@@ -1,6 +1,6 @@
-// Both ends of the rings between nodes, a whole block at each: warps fill or empty the slots of a
-// batch of chunks, then one thread tells. A block serves its rings in turn and never waits for one
-// of them while another can go on.
+// Both ends of the rings between nodes, a whole block or several at each: warps fill or empty the
+// slots of a batch of chunks, then one thread tells. A block serves its rings in turn and never
+// waits for one of them while another can go on.
 #pragma once
 
 #include "cuda/bulk.cuh"
@@ -14,10 +14,16 @@ __device__ inline uint64_t partial_flag(const Mesh& mesh, int source, int writer
          mesh.max_tokens;
 }
 
+// At most: a block that fills more before it tells leaves the network without work, and one that
+// takes in more keeps the sender from room.
+constexpr uint64_t kBatchBytes = 2 << 20;
+
 // Half a ring at a time: the other half is on its way.
 __device__ inline uint32_t batch_slots(const RingGeometry& ring, uint64_t chunks) {
-  const uint64_t half = ring.num_chunks < 4 ? 1 : ring.num_chunks / 2;
-  return uint32_t((chunks < half ? chunks : half) * ring.slots_per_chunk);
+  const uint64_t half = ring.num_chunks / 2, few = kBatchBytes / ring.chunk_bytes();
+  uint64_t most = half < few ? half : few;
+  if (most == 0) most = 1;
+  return uint32_t((chunks < most ? chunks : most) * ring.slots_per_chunk);
 }
 
 template <typename Side>

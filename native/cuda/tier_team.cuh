@@ -31,6 +31,8 @@ __device__ inline BlockRings rings_of(RingSide side, uint32_t number, uint32_t b
   return {side, ring, count, count, number / count, (blocks - ring + count - 1) / count};
 }
 
+constexpr uint64_t kNoDeadline = ~0ull;
+
 // One thread of each block of a team. A turn is a batch; all do it before there is the next.
 struct Team {
   const Mesh& mesh;
@@ -53,11 +55,11 @@ struct Team {
     store_release(&word.turn, ++turn);  // partner: the load in follow()
   }
 
-  // The others: what the first says. `what`: it waits for.
+  // The others: what the first says. No deadlines among blocks: every wait that they have for
+  // others has one, and a missed one ends these, too. `what`: it waits for.
   __device__ Batch follow(const WaitFor& what) {
     TeamWords& word = words();
     ++turn;
-    // Its own deadline comes first, and it knows better what is missing.
     const bool is_told = wait_until(
         mesh, what,
         [&](uint64_t* seen) {
@@ -66,7 +68,7 @@ struct Team {
           if (told != turn) __nanosleep(200);
           return told == turn;
         },
-        2 * mesh.timeout_ns + 1000000000);
+        kNoDeadline);
     if (!is_told) return {kBroken, 0, 0};
     return {word.ring, word.first, word.end};
   }
@@ -87,7 +89,7 @@ struct Team {
           *seen = through;
           return through == rings.team - 1;
         },
-        2 * mesh.timeout_ns + 1000000000);
+        kNoDeadline);
     fence_system();  // what they wrote, before what the network is told
     return is_through;
   }

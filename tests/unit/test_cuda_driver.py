@@ -104,8 +104,12 @@ def test_a_call_that_waits_for_its_puts_looks_for_faults(faulty_at: int | None) 
 
     event = SimpleNamespace(has_passed=lambda: answers.pop(0))
     if faulty_at is None:
-        Tiers.wait_for_puts(event, check_faults)
+        assert Tiers.wait_for_puts(event, check_faults, 60.0)
     else:
         with pytest.raises(TransportError, match="a peer is lost"):
-            Tiers.wait_for_puts(event, check_faults)
+            Tiers.wait_for_puts(event, check_faults, 60.0)
     assert looks == [2, 1, 0][: faulty_at or 3]
+
+
+def test_a_kernel_that_never_ends_is_not_waited_for_without_end() -> None:
+    assert not Tiers.wait_for_puts(SimpleNamespace(has_passed=lambda: False), lambda: None, 0.05)

@@ -1,0 +1,34 @@
+"""What the heap of a rank starts with, unless the config says."""
+
+from __future__ import annotations
+
+import math
+
+from commlib.config import RuntimeConfig
+from commlib.cuda.decode import most_decode_rows
+from commlib.layout import align_up, record_bytes
+
+__all__ = ["default_heap_bytes"]
+
+
+def default_heap_bytes(config: RuntimeConfig, num_ranks: int, num_nodes: int = 1) -> int:
+    """Room for one BF16 dispatch of uniform choices, two standard deviations more, and its combine; it grows as needed,
+    but not for calls with a capacity or in a CUDA graph: for a larger capacity, or FP32, give `arena_bytes`.
+
+    Between nodes also for two dispatches of the latency regime with the config's alignment.
+    """
+    topk, record, alignment = config.num_topk, record_bytes(config.num_topk), config.expert_alignment
+    experts, choices = config.num_experts // num_ranks, config.max_tokens * topk
+    # Half a step of padding an expert, or all that is missing; an expert's padding deviates by half a step.
+    num_rows = max(experts * alignment, choices + experts * (alignment // 2))
+    num_rows += math.isqrt(experts * alignment**2) + 2 * math.isqrt(choices)
+    rows = num_rows * (2 * config.hidden + 4)
+    records = config.max_tokens * min(topk, num_ranks) * record
+    landing = config.max_tokens * min(topk, num_ranks - 1) * (2 * config.hidden + 4 * topk)
+    if num_nodes > 1:  # of tokens for which this rank is the rail as well
+        landing = 2 * config.max_tokens * min(topk, num_ranks) * (2 * config.hidden + record)
+    decode = 0
+    if num_nodes > 1 and config.decode_tokens is not None:
+        most = most_decode_rows(config, num_ranks, config.expert_alignment)
+        decode = 2 * (most * (2 * config.hidden + 4) + num_ranks * config.max_tokens * record)
+    return align_up(rows + records + landing + decode, 1 << 20)

@@ -1,6 +1,6 @@
 // Combine between nodes: what a rank's landing holds. First the partial rows of its own tokens
-// from the other ranks of its node, then the rows of its tokens that other nodes send, then the partial rows
-// of tokens for whose sources it is the rail.
+// from the other ranks of its node, then the rows of its tokens that other nodes send, then the
+// partial rows of tokens for whose sources it is the rail.
 #pragma once
 
 #include "cuda/agree.cuh"

@@ -12,11 +12,10 @@ from commlib.compat.deep_ep.ep_handle import EPHandle
 from commlib.compat.deep_ep.other_primitives import STORAGE, OtherPrimitives
 from commlib.compat.deep_ep.rows import (
     Input,
+    arranged,
     check_room,
     copied,
-    join_scales,
     plus_bias,
-    received,
     sent_back,
     split_scales,
 )
@@ -24,13 +23,10 @@ from commlib.compat.deep_ep.runtimes import BufferBase, rank_and_size, topology_
 from commlib.compat.deep_ep.settings import DEFAULT_NUM_SMS
 from commlib.compat.deep_ep.utils.event import EventHandle, EventOverlap, event_after, wait_for
 from commlib.errors import ConfigError
-from commlib.handle import Dispatched
 from commlib.layout import Layout, align_up, record_bytes
 
 __all__ = ["ElasticBuffer"]
 
-# Rows of a tensor that Hopper's bulk copies take along columns: 16 bytes of 4-byte scales.
-_TMA_ALIGNED_SCALES = 4
 _MAX_TOPK = 32
 
 
@@ -204,7 +200,7 @@ class ElasticBuffer(OtherPrimitives, BufferBase):
             if topk_weights is not None:
                 raise NotImplementedError("commlib's deep_ep repeats a dispatch without weights")
             got = handle._runtime.dispatch(rows, topk_idx, scales=scales, handle=handle._inner)
-            recv = _arranged(got, handle.num_rows, use_tma_aligned_col_major_sf)
+            recv = arranged(got.x, got.scales, handle.num_rows, use_tma_aligned_col_major_sf)
             return recv, None, None, handle, event_after(async_with_compute_stream)
         if topk_idx is None or num_experts is None:
             raise ConfigError("dispatch needs topk_idx and num_experts, or a handle")
@@ -240,7 +236,7 @@ class ElasticBuffer(OtherPrimitives, BufferBase):
         )
         weights = got.row_weights if do_expand else got.topk_weights
         return (
-            _arranged(got, num_rows, use_tma_aligned_col_major_sf),
+            arranged(got.x, got.scales, num_rows, use_tma_aligned_col_major_sf),
             None if do_expand else copied(got.topk_idx, num_rows, fill=-1),
             None if topk_weights is None else copied(weights, num_rows),
             new,
@@ -289,14 +285,3 @@ class ElasticBuffer(OtherPrimitives, BufferBase):
             gaps = (alignment - 1) * num_local_experts
             worst = align_up(worst * min(num_topk, num_local_experts) + gaps, alignment)
         return worst
-
-
-def _arranged(got: Dispatched, num_rows: int, is_column_major: bool) -> Input:
-    """What a dispatch returned in `num_rows` rows, its scales in the layout that was asked for."""
-    recv = received(got.x, got.scales, num_rows)
-    if isinstance(recv, Tensor) or not is_column_major:
-        return recv
-    rows, scales = recv
-    stride = align_up(num_rows, _TMA_ALIGNED_SCALES)
-    columns = scales.new_empty((scales.shape[1], stride))[:, :num_rows].t()
-    return join_scales(rows, columns.copy_(scales))

@@ -14,6 +14,7 @@ from commlib.layout import SCALE_BLOCK, Layout, align_up
 __all__ = [
     "Input",
     "aligned_counts",
+    "arranged",
     "check_room",
     "copied",
     "join_scales",
@@ -23,6 +24,9 @@ __all__ = [
     "sent_back",
     "split_scales",
 ]
+
+# Rows of a tensor that Hopper's bulk copies take along columns: 16 bytes of 4-byte scales.
+_TMA_ALIGNED_SCALES = 4
 
 # BF16 or FP32 rows, or E4M3 rows with their scales.
 Input = Tensor | tuple[Tensor, Tensor]
@@ -102,6 +106,17 @@ def check_room(handle: Handle, room: int, rule: str, expert_alignment: int = 1) 
 def received(rows: Tensor, scales: Tensor | None, num_rows: int) -> Input:
     """What a dispatch returned, in the number of rows that the client counts on."""
     return join_scales(resized(rows, num_rows), None if scales is None else resized(scales, num_rows))
+
+
+def arranged(rows: Tensor, scales: Tensor | None, num_rows: int, is_column_major: bool) -> Input:
+    """`received`; column-major: scales with stride 1 along rows and a multiple of 4 along columns."""
+    recv = received(rows, scales, num_rows)
+    if isinstance(recv, Tensor) or not is_column_major:
+        return recv
+    rows, scales = recv
+    stride = align_up(num_rows, _TMA_ALIGNED_SCALES)
+    columns = scales.new_empty((scales.shape[1], stride))[:, :num_rows].t()
+    return join_scales(rows, columns.copy_(scales))
 
 
 def sent_back(tensor: Tensor, num_handed_out: int, num_rows: int) -> Tensor:

@@ -139,7 +139,7 @@ def plan_launch(config: RuntimeConfig, topology: Topology, rates: LinkRates | No
 
     A block that takes rows in stores each of them at every rank of the node that wants it, so the fan-out decides how
     many of those there are: that of balanced routing here, that of the call in the kernels. Not more than a third of
-    all blocks for either way, at least one, and no more than there are partners. What `config` says of them stands.
+    all blocks for either way, at least one, and no more than there are other nodes. What `config` says of them stands.
 
     Raises:
         ConfigError: fewer than three multiprocessors, none left for local work, or more than 64 for the network.
@@ -159,7 +159,9 @@ def plan_launch(config: RuntimeConfig, topology: Topology, rates: LinkRates | No
     in_blocks = config.in_blocks or max(1, min(most, math.ceil(per_copy * fan_out)))
     if out_blocks + in_blocks >= config.num_sms:
         raise ConfigError(f"{out_blocks} + {in_blocks} blocks leave none of num_sms={config.num_sms} for local work")
-    most_in_blocks = config.in_blocks or max(in_blocks, min(most, config.num_sms - out_blocks - 1))
+    most_in_blocks = config.in_blocks or max(
+        in_blocks, min(most, config.num_sms - out_blocks - 1, _MOST_WRITERS - out_blocks)
+    )
     if out_blocks + most_in_blocks > _MOST_WRITERS:
         raise ConfigError(f"{out_blocks} + {most_in_blocks} blocks serve the network, at most {_MOST_WRITERS} can")
     return LaunchPlan(

@@ -142,8 +142,8 @@ class Runtime:
                 the call may be captured in a CUDA graph. Rows and counts that matter are on the device; if a rank needs
                 more rows, nothing moves, all counts are 0, combine gives NaN and `overflowed` says so. A replay is one
                 more operation in the order of all: on the stream of the eager calls, not between halves. The heap
-                does not grow for it: rows, and the landing of its combine, fit in `RuntimeConfig.arena_bytes` or the
-                call is refused.
+                does not grow for it: rows that do not fit in `RuntimeConfig.arena_bytes` are refused at once, a combine
+                that does not gives NaN and is refused by `check`.
             regime: "throughput", or, for at most `decode_tokens` tokens per rank on GPUs, "latency": within a node one
                 hop without an exchange before it; BF16 rows or `fp8`, layout "grouped", `capacity` as above (None:
                 enough for every choice). Within a node at most two such dispatches may be without their second half.

@@ -28,6 +28,7 @@ from commlib.cli.routed_rows import RoutedRows
 from commlib.cli.tune import printer, tune
 from commlib.config import RuntimeConfig
 from commlib.cuda.engine import device_name
+from commlib.cuda.heap_size import default_heap_bytes
 from commlib.cuda.operations import ArenaBytes
 from commlib.routing import GateConfig
 from commlib.runtime import Runtime
@@ -188,12 +189,15 @@ class CudaBench:
     def _host_times(self) -> None:
         """Host clock: a call until its sizes are known and all is done; then calls that nobody waits for, several pairs
         behind one another, per call."""
-        rows, runtime = self.rows, self.runtime
         capacity = self.rows.most_rows(self.config.expert_alignment)
-        for which in range(rows.num_routings):  # makes room for both, which calls with a capacity cannot
-            got = runtime.dispatch(rows.own(), rows.choices(which), rows.weights)
-            runtime.combine(got.x, got.handle, weights=got.row_weights)
-            del got
+        # Calls with a capacity cannot make room: the rows of whoever gets most, on all ranks.
+        usual = default_heap_bytes(self.config, self.boot.size, self.runtime.topology.num_nodes)
+        config = replace(self.config, arena_bytes=usual + capacity * (2 * self.shape.hidden + 4))
+        with Runtime(self.boot, config, device=self.device) as runtime:
+            self._time_host(runtime, capacity)
+
+    def _time_host(self, runtime: Runtime, capacity: int) -> None:
+        rows = self.rows
         whole, dispatch, combine = [], [], []
         for iteration in range(self.arguments.warmup + self.arguments.iterations):
             which = iteration % rows.num_routings

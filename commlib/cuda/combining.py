@@ -12,10 +12,9 @@ from commlib.cuda.memory import ALIGNMENT
 from commlib.cuda.operations import CudaHandle, KernelCall, PendingOp
 from commlib.cuda.params import CallWords, ExchangeCall, TierCall
 from commlib.cuda.params import CombineCall as CombineParams
-from commlib.errors import CapacityError
 from commlib.executor import CombineCall
 from commlib.launch_plan import combine_slot_bytes
-from commlib.layout import align_up, format_bytes
+from commlib.layout import align_up
 
 __all__ = ["CombineOps"]
 
@@ -128,16 +127,8 @@ class CombineOps:
         exchange.call.handle_epoch = native.epoch
         pending = PendingOp("combine", queue.runtime_id, exchange)
         pending.is_lazy, pending.data = native.capacity != 0, template.kernel
-        needed = pending.grant_bytes = self._landing_bytes(native, template.slot_bytes)
-        if pending.is_lazy or torch.cuda.is_current_stream_capturing():  # nobody would wait for a larger heap
-            pending.grant = queue.arena.heap.take(needed)
-            if (available := pending.grant.num_bytes) < needed:
-                raise CapacityError(
-                    f"combine needs {format_bytes(needed)} in one piece, the heap has {format_bytes(available)} and "
-                    "cannot grow with a capacity or in a graph; give the Runtime more arena_bytes",
-                    needed=needed,
-                    available=available,
-                )
+        # With a capacity the most there can be: if there is less, the device finds out whether it will do.
+        pending.grant_bytes = self._landing_bytes(native, template.slot_bytes)
         pending.inputs, pending.out, pending.out_weight_grads = (y, weights, grads, None, call.handle), out, out_grads
         return pending
 

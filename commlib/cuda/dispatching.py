@@ -307,6 +307,7 @@ class DispatchOps:
             needed = pending.grant_bytes = int(template.landing.total_bytes)
             pending.grant = self._queue.arena.heap.take(needed)
             if (available := pending.grant.num_bytes) < needed:
+                pending.grant = None  # whoever keeps the error keeps `pending`
                 raise CapacityError(
                     f"capacity={shape.capacity} needs {format_bytes(needed)} in one piece, the heap has "
                     f"{format_bytes(available)}; give the Runtime more arena_bytes",

@@ -6,6 +6,7 @@ import math
 
 from commlib.config import RuntimeConfig
 from commlib.cuda.decode import most_decode_rows
+from commlib.launch_plan import combine_slot_bytes
 from commlib.layout import align_up, record_bytes
 
 __all__ = ["default_heap_bytes"]
@@ -24,7 +25,8 @@ def default_heap_bytes(config: RuntimeConfig, num_ranks: int, num_nodes: int = 1
     num_rows += math.isqrt(experts * alignment**2) + 2 * math.isqrt(choices)
     rows = num_rows * (2 * config.hidden + 4)
     records = config.max_tokens * min(topk, num_ranks) * record
-    landing = config.max_tokens * min(topk, num_ranks - 1) * (2 * config.hidden + 4 * topk)
+    slot = combine_slot_bytes(config.hidden, topk, 2, has_grads=True)
+    landing = config.max_tokens * min(topk, num_ranks - 1) * slot
     if num_nodes > 1:  # of tokens for which this rank is the rail as well
         landing = 2 * config.max_tokens * min(topk, num_ranks) * (2 * config.hidden + record)
     decode = 0

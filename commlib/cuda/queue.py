@@ -135,7 +135,7 @@ class OpQueue:
             return
         limit_s = self.config.timeout_s + _GRACE_S
         if not self.tiers.wait_for_puts(self._last_event, self._watch.check_faults, limit_s):
-            raise self._watch.device_silent(pending.ticket, pending.kind, pending.ticket - 1)
+            raise self._watch.device_silent(pending.ticket, pending.kind, pending.ticket, "end")
 
     def _enter(self, pending: PendingOp, is_capturing: bool) -> int:
         """The stream of an operation, behind everything that it must come after."""

@@ -101,8 +101,8 @@ class Tiers:
     @staticmethod
     def wait_for_puts(kernel_end: Any, check_faults: Callable[[], None], limit_s: float) -> bool:
         """Where `puts_call_driver`: until the kernel has ended, so that its caller cannot keep its puts out. False: it
-        has not within the limit, though its own deadline is shorter. Raises what `check_faults` does, which ends
-        kernels that would wait for a lost peer."""
+        has not within the limit, though each of its waits has a shorter one. Raises what `check_faults` does, which
+        ends kernels that would wait for a lost peer."""
         limit = time.monotonic() + limit_s
         while not kernel_end.has_passed():
             check_faults()

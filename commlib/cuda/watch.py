@@ -77,11 +77,11 @@ class Watch:
         self.fault = self.fault or error
         return self.fault
 
-    def device_silent(self, ticket: int, kind: str, seen: int) -> CommError:
-        """An operation has not begun long after its deadline."""
+    def device_silent(self, ticket: int, kind: str, seen: int, what: str = "start") -> CommError:
+        """An operation has not begun, or ended, long after its deadline."""
         return self.fail(
             CommTimeout(
-                f"rank {self._rank}: the device did not start operation {ticket}",
+                f"rank {self._rank}: the device did not {what} operation {ticket}",
                 rank=self._rank, peer=None, channel="device", phase=kind, tag=ticket, expected=ticket, seen=seen,
             )
         )  # fmt: skip

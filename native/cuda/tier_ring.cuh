@@ -14,8 +14,8 @@ __device__ inline uint64_t partial_flag(const Mesh& mesh, int source, int writer
          mesh.max_tokens;
 }
 
-// At most: a block that fills more before it tells leaves the network without work, and one that
-// takes in more keeps the sender from room.
+// At most, or one chunk: a block that fills more before it tells leaves the network without work,
+// and one that takes in more keeps the sender from room.
 constexpr uint64_t kBatchBytes = 2 << 20;
 
 // Half a ring at a time: the other half is on its way.

@@ -116,23 +116,6 @@ def test_a_heap_that_is_too_small_grows(kernels: CpuKernels) -> None:
             case.check(rank, got)
 
 
-def test_a_combine_that_cannot_grow_the_heap_is_refused_at_once(kernels: CpuKernels) -> None:
-    """With a capacity nobody waits for the verdict, so that what comes of it would be NaN and a later error."""
-    shape = {"hidden": 512, "num_experts": 4, "num_topk": 2, "max_tokens": 60, "num_sms": 2}
-    world = World(kernels, 2, **shape, arena_bytes=160 << 10)
-    work = make_workload("uniform", num_ranks=2, num_experts=4, num_topk=2, num_tokens=60, seed=1)
-    case = Case(work, [random_payload(r, 60, 512, torch.bfloat16, 1) for r in range(2)], [0, 0])
-    kept = dispatch(world, case, capacity=130)
-
-    def refused(engine: Any, rank: int) -> str:
-        with pytest.raises(ConfigError, match=r"combine needs .* give the Runtime more arena_bytes") as caught:
-            engine.combine(CombineCall(y=torch.zeros(130, 512, dtype=torch.bfloat16), handle=kept[rank].handle))
-        return str(caught.value)
-
-    messages = world.all(refused)
-    assert messages[0] == messages[1]
-
-
 @pytest.mark.parametrize(
     "what, message",
     [

@@ -81,6 +81,10 @@ def test_more_fan_out_gets_more_multiprocessors() -> None:
     assert fast.out_blocks > slow.out_blocks and fast.in_blocks > slow.in_blocks and fast.num_blocks == 24
     with pytest.raises(ConfigError, match="num_sms=2 is below 3"):
         plan_launch(replace(config, num_sms=2), Topology.uniform(64, 8))
+    with pytest.raises(ConfigError, match=r"33 \+ 32 blocks serve the network, at most 64 can"):
+        plan_launch(replace(config, num_sms=132, out_blocks=33, in_blocks=32), Topology.uniform(64, 8))
+    many = plan_launch(replace(config, num_sms=132, out_blocks=60), Topology.uniform(64, 8))
+    assert many.out_blocks + many.most_in_blocks <= 64
 
 
 def test_the_load_of_a_call_decides_how_many_forward() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, NamedTuple
 
 import torch
@@ -14,9 +15,11 @@ from commlib.cuda.params import CallWords, ExchangeCall, TierCall
 from commlib.cuda.params import CombineCall as CombineParams
 from commlib.executor import CombineCall
 from commlib.launch_plan import combine_slot_bytes
-from commlib.layout import align_up
+from commlib.layout import align_up, format_bytes
 
 __all__ = ["CombineOps"]
+
+_logger = logging.getLogger("commlib.cuda")
 
 _PAYLOADS = (torch.float32, torch.bfloat16)  # by code
 
@@ -77,6 +80,7 @@ class CombineOps:
     def __init__(self, queue: Any) -> None:
         self._queue = queue
         self._templates: dict[_Shape, _Template] = {}
+        self._has_warned = False
 
     def issue(self, call: CombineCall, *, is_split: bool) -> PendingOp:
         queue = self._queue
@@ -89,8 +93,21 @@ class CombineOps:
         pending.is_split = is_split
         queue.issue(pending)
         if pending.is_lazy:
+            self._check_room(pending)
             pending.grant = None  # later operations come behind this one
         return pending
+
+    def _check_room(self, pending: PendingOp) -> None:
+        """Nobody waits for the verdict: if the device finds too little, NaN comes, and an error when somebody asks."""
+        grant, most = pending.grant, pending.grant_bytes
+        if self._has_warned or grant is None or most is None or grant.num_bytes >= most:
+            return
+        self._has_warned = True
+        _logger.warning(
+            "a combine may take %s in one piece and finds %s: give the Runtime more arena_bytes",
+            format_bytes(most),
+            format_bytes(grant.num_bytes),
+        )
 
     def _make(self, call: CombineCall) -> PendingOp:
         queue, hidden, topk = self._queue, self._queue.config.hidden, self._queue.config.num_topk

@@ -10,7 +10,7 @@ from engines_on_cpu import World
 from kernels_on_cpu import CpuKernels
 from row_cases import Case, assert_bits
 
-from commlib.errors import ConfigError
+from commlib.errors import CapacityError, ConfigError
 from commlib.executor import CombineCall, DispatchCall
 from commlib.handle import Dispatched
 from commlib.testing.payloads import identity_payload, random_payload
@@ -114,6 +114,32 @@ def test_a_heap_that_is_too_small_grows(kernels: CpuKernels) -> None:
     for case, results in zip(cases, kept, strict=True):
         for rank, got in enumerate(results):
             case.check(rank, got)
+
+
+@pytest.mark.parametrize(("spare", "has_room"), [(40, True), (8, False)])
+def test_a_combine_that_may_take_more_than_there_is(
+    kernels: CpuKernels, spare: int, has_room: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With a capacity the host knows the most that it takes (60 rows of a KiB), the device what it does take (near 30);
+    nobody waits for what the device says."""
+    world = World(
+        kernels, 2, hidden=512, num_experts=4, num_topk=1, max_tokens=60, num_sms=2, arena_bytes=86016 + (spare << 10)
+    )
+    work = make_workload("uniform", num_ranks=2, num_experts=4, num_topk=1, num_tokens=60, seed=1)
+    case = Case(work, [random_payload(r, 60, 512, torch.bfloat16, 1) for r in range(2)], [0, 0])
+    kept = dispatch(world, case, capacity=80)
+    outs = world.all(lambda engine, rank: engine.combine(CombineCall(y=kept[rank].x.clone(), handle=kept[rank].handle)))
+    warnings = [record.getMessage() for record in caplog.records if "more arena_bytes" in record.getMessage()]
+    assert len(warnings) == 2, caplog.text
+    if has_room:
+        for rank, out in enumerate(outs):
+            assert_bits(out.x, case.xs[rank], "the only expert's row comes home")
+            world.engines[rank].check()
+    else:
+        assert all(bool(out.x.isnan().all()) for out in outs)
+        for engine in world.engines:
+            with pytest.raises(CapacityError):
+                engine.check()
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from commlib.handle import Combined, Dispatched
 from commlib.testing.payloads import random_payload
 from commlib.testing.workloads import Workload
 
-__all__ = ["Case", "CombineInputs", "assert_bits", "combine_inputs"]
+__all__ = ["Case", "CombineInputs", "assert_bits", "assert_combined", "assert_dispatched", "combine_inputs"]
 
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -37,6 +37,18 @@ def assert_bits(actual: Any, expected: Tensor | None, what: str) -> None:
         place = tuple(int(i) for i in torch.nonzero(differs)[0])
         values = f"{actual.float()[place]!s}, expected {expected.float()[place]!s}"
         raise AssertionError(f"{what}: {int(differs.sum())} of {differs.numel()} differ, first at {place}: {values}")
+
+
+def assert_dispatched(
+    got: Dispatched, expected: reference.ReferenceDispatch, what: str, *, is_by_handle: bool = False
+) -> None:
+    """Everything that a dispatch returns against the oracle."""
+    assert list(got.num_tokens_per_expert) == expected.num_tokens_per_expert, what
+    assert got.handle.num_rows == len(expected.source), what
+    assert_bits(got.x, expected.x, f"{what}: x")
+    assert_bits(got.scales, expected.scales, f"{what}: scales")
+    for name in ("row_weights", "topk_idx", "topk_weights"):
+        assert_bits(getattr(got, name), None if is_by_handle else getattr(expected, name), f"{what}: {name}")
 
 
 class CombineInputs(NamedTuple):
@@ -61,6 +73,32 @@ def combine_inputs(
         shape = (len(y),) if layout == "grouped" else (len(y), num_topk)
         inputs.grads.append(torch.from_numpy(rng.uniform(-1, 1, shape).astype(np.float32)))
     return inputs
+
+
+def assert_combined(
+    got: Combined,
+    rank: int,
+    inputs: CombineInputs,
+    expected: Sequence[reference.ReferenceDispatch],
+    work: Workload,
+    node_of_rank: Sequence[int],
+    what: str,
+    *,
+    is_weighted: bool,
+    has_grads: bool,
+) -> None:
+    """What a rank got of a combine of `inputs`, of which weights and gradients may have been left out."""
+    out, out_grads = reference.combine(
+        inputs.ys,
+        expected,
+        work.topk_idx,
+        work.num_experts,
+        node_of_rank,
+        weights=inputs.weights if is_weighted else None,
+        weight_grads=inputs.grads if has_grads else None,
+    )[rank]
+    assert_bits(got.x, out, f"{what}: x")
+    assert_bits(got.weight_grads, out_grads, f"{what}: weight_grads")
 
 
 class Case:
@@ -97,12 +135,8 @@ class Case:
         return DispatchCall(x=self.xs[rank], handle=got.handle, fp8=self.fp8)
 
     def check(self, rank: int, got: Dispatched, *, is_by_handle: bool = False) -> None:
-        want, what = self.expected[rank], f"rank {rank}: {self.work.name} {self.options} by handle {is_by_handle}"
-        assert list(got.num_tokens_per_expert) == want.num_tokens_per_expert, what
-        assert_bits(got.x, want.x, what)
-        assert_bits(got.scales, want.scales, what)
-        for name in ("row_weights", "topk_idx", "topk_weights"):
-            assert_bits(getattr(got, name), None if is_by_handle else getattr(want, name), f"{what}: {name}")
+        what = f"rank {rank}: {self.work.name} {self.options} by handle {is_by_handle}"
+        assert_dispatched(got, self.expected[rank], what, is_by_handle=is_by_handle)
 
     def _inputs(self, dtype: torch.dtype) -> CombineInputs:
         return combine_inputs(self.expected, self.layout, self.work.num_topk, dtype, 5)
@@ -121,16 +155,14 @@ class Case:
     def check_combined(
         self, rank: int, got: Combined, dtype: torch.dtype, *, is_weighted: bool, has_grads: bool
     ) -> None:
-        ys, weights, grads = self._inputs(dtype)
-        out, out_grads = reference.combine(
-            ys,
+        assert_combined(
+            got,
+            rank,
+            self._inputs(dtype),
             self.expected,
-            self.work.topk_idx,
-            self.work.num_experts,
+            self.work,
             self.nodes,
-            weights=weights if is_weighted else None,
-            weight_grads=grads if has_grads else None,
-        )[rank]
-        what = f"rank {rank}: combine {self.work.name} {self.options} {dtype} {is_weighted=} {has_grads=}"
-        assert_bits(got.x, out, what)
-        assert_bits(got.weight_grads, out_grads, what)
+            f"rank {rank}: combine {self.work.name} {self.options} {dtype} {is_weighted=} {has_grads=}",
+            is_weighted=is_weighted,
+            has_grads=has_grads,
+        )

@@ -84,9 +84,11 @@ __device__ bool serve_rings(const Mesh& mesh, const Side& side, const BlockRings
     return batch;
   };
   const auto tell = [&](const Batch& batch) {
+    if (!is_first) {
+      team.tell_through();
+      return true;
+    }
     done[batch.ring] = batch.end;
-    if (!is_first) team.tell_through();
-    if (!is_first) return true;
     if (!is_alone && !team.wait_through(waiting_for(mesh, side, rings.first))) return false;
     return side.tell(batch);
   };

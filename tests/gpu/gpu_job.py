@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from row_cases import assert_bits, combine_inputs
+from row_cases import assert_bits, assert_combined, assert_dispatched, combine_inputs
 from torch import Tensor
 
 from commlib import reference
@@ -98,38 +98,32 @@ class Case:
         return runtime.dispatch(x, self.work.topk_idx[rank].cuda(), self.work.topk_weights[rank].cuda(), **values)
 
     def check(self, rank: int, got: Dispatched, *, is_by_handle: bool = False) -> None:
-        expected, what = self.expected[rank], f"rank {rank}: {self.name} by handle {is_by_handle}"
-        assert list(got.num_tokens_per_expert) == expected.num_tokens_per_expert, what
-        assert got.handle.num_rows == len(expected.source), what
-        assert_bits(got.x, expected.x, f"{what}: x")
-        assert_bits(got.scales, expected.scales, f"{what}: scales")
-        for name in ("row_weights", "topk_idx", "topk_weights"):
-            assert_bits(getattr(got, name), None if is_by_handle else getattr(expected, name), f"{what}: {name}")
+        what = f"rank {rank}: {self.name} by handle {is_by_handle}"
+        assert_dispatched(got, self.expected[rank], what, is_by_handle=is_by_handle)
         load = sum(idx.flatten().add(1).bincount(minlength=self.work.num_experts + 1)[1:] for idx in self.work.topk_idx)
         assert isinstance(load, Tensor) and got.handle.load() == load.tolist()
 
     def combine(self, runtime: Runtime, got: Dispatched, dtype: torch.dtype, seed: int, weighted: bool, grads: bool):
         """Combines made-up expert rows and compares; padding holds NaNs that must not be read."""
-        ys, weights, weight_grads = combine_inputs(self.expected, self.layout, self.work.num_topk, dtype, seed)
+        inputs = combine_inputs(self.expected, self.layout, self.work.num_topk, dtype, seed)
         own = runtime.rank
         combined = runtime.combine(
-            ys[own].cuda(),
+            inputs.ys[own].cuda(),
             got.handle,
-            weights=weights[own].cuda() if weighted else None,
-            weight_grads=weight_grads[own].cuda() if grads else None,
+            weights=inputs.weights[own].cuda() if weighted else None,
+            weight_grads=inputs.grads[own].cuda() if grads else None,
         )
-        expected = reference.combine(
-            ys,
+        assert_combined(
+            combined,
+            own,
+            inputs,
             self.expected,
-            self.work.topk_idx,
-            self.work.num_experts,
+            self.work,
             list(runtime.topology.node_of_rank),
-            weights=weights if weighted else None,
-            weight_grads=weight_grads if grads else None,
-        )[own]
-        what = f"rank {own}: combine {self.name} {dtype} weighted {weighted} grads {grads}"
-        assert_bits(combined.x, expected[0], what)
-        assert_bits(combined.weight_grads, expected[1], f"{what}: weight_grads")
+            f"rank {own}: combine {self.name} {dtype} weighted {weighted} grads {grads}",
+            is_weighted=weighted,
+            has_grads=grads,
+        )
         return combined
 
 

@@ -11,10 +11,8 @@ import row_cases
 import torch
 from torch import Tensor
 
-from commlib import reference
 from commlib.bootstrap.rendezvous import RendezvousBootstrap
 from commlib.config import RuntimeConfig
-from commlib.handle import Dispatched
 from commlib.runtime import Runtime
 from commlib.testing.payloads import random_payload
 from commlib.testing.spawn import free_port
@@ -76,18 +74,6 @@ def tensor_of(array: np.ndarray[Any, Any]) -> Tensor:
         plain = array.view(np.uint16 if array.dtype.itemsize == 2 else np.uint8)
         return torch.from_numpy(plain.copy()).view(getattr(torch, array.dtype.name))
     return torch.from_numpy(array)
-
-
-def assert_dispatched(
-    got: Dispatched, expected: reference.ReferenceDispatch, what: str, *, is_by_handle: bool = False
-) -> None:
-    """Everything that a dispatch returns against the oracle."""
-    assert list(got.num_tokens_per_expert) == expected.num_tokens_per_expert, what
-    assert got.handle.num_rows == len(expected.source), what
-    assert_bits(got.x, expected.x, f"{what}: x")
-    assert_bits(got.scales, expected.scales, f"{what}: scales")
-    for name in ("row_weights", "topk_idx", "topk_weights"):
-        assert_bits(getattr(got, name), None if is_by_handle else getattr(expected, name), f"{what}: {name}")
 
 
 def expert_rows(rank: int, num_rows: int, dtype: torch.dtype, seed: int) -> Tensor:

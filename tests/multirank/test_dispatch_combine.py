@@ -15,7 +15,6 @@ import torch
 from moe_job import (
     HIDDEN,
     assert_bits,
-    assert_dispatched,
     config_of,
     expert_rows,
     free_ports,
@@ -23,7 +22,7 @@ from moe_job import (
     part_of_job,
     wait_for,
 )
-from row_cases import combine_inputs
+from row_cases import assert_combined, assert_dispatched, combine_inputs
 from torch import Tensor
 
 from commlib import reference
@@ -112,26 +111,25 @@ class Case:
         has_grads: bool,
     ) -> Tensor:
         """Combines what combine_inputs() says and checks it; returns the tokens."""
-        ys, weights, grads = combine_inputs(self.expected, self.layout, self.work.num_topk, dtype, seed)
+        inputs = combine_inputs(self.expected, self.layout, self.work.num_topk, dtype, seed)
         own = runtime.rank
         combined = runtime.combine(
-            ys[own],
+            inputs.ys[own],
             got.handle,
-            weights=weights[own] if is_weighted else None,
-            weight_grads=grads[own] if has_grads else None,
+            weights=inputs.weights[own] if is_weighted else None,
+            weight_grads=inputs.grads[own] if has_grads else None,
         )
-        expected = reference.combine(
-            ys,
+        assert_combined(
+            combined,
+            own,
+            inputs,
             self.expected,
-            self.work.topk_idx,
-            self.work.num_experts,
+            self.work,
             self.nodes,
-            weights=weights if is_weighted else None,
-            weight_grads=grads if has_grads else None,
-        )[own]
-        what = f"rank {own}, {self.name}, combine of {dtype}, weights {is_weighted}, grads {has_grads}"
-        assert_bits(combined.x, expected[0], f"{what}: x")
-        assert_bits(combined.weight_grads, expected[1], f"{what}: weight_grads")
+            f"rank {own}, {self.name}, combine of {dtype}, weights {is_weighted}, grads {has_grads}",
+            is_weighted=is_weighted,
+            has_grads=has_grads,
+        )
         out: Tensor = combined.x
         return out
 

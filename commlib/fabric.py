@@ -50,6 +50,7 @@ def open_fabric(
     num_writers: int,
     cpus: list[int],
     timeout_s: float,
+    stop_address: int = 0,
     rings: RingPlace | None = None,
 ) -> Any:
     """A connected native Fabric that has not been started. Collective.
@@ -60,6 +61,7 @@ def open_fabric(
         num_writers: blocks of a kernel that give commands.
         cpus: on which proxy threads may run; none: on all.
         timeout_s: seconds within which all ranks must come.
+        stop_address: of a word that becomes 1 with the first fault; 0: none. It outlives the Fabric.
         rings: where rings lie; None: in host memory of the Fabric's own. On all ranks or on none.
 
     Raises:
@@ -73,6 +75,7 @@ def open_fabric(
     native.largest_put = max(config.chunk_bytes, 4 * config.hidden + _MAX_TAIL_BYTES)
     native.heartbeat_timeout_s, native.transport = config.heartbeat_timeout_s, config.transport
     native.transport_options = transport_options(read_env())
+    native.set_stop_word(stop_address)
     native.config_digest = config.digest() ^ hash(topology.node_of_rank) & (2**63 - 1)
     fabric: Any = None
 

@@ -121,10 +121,11 @@ class HostBuffers:
         self.slots_address, self.block_base_address = self.slots.data_ptr(), self.block_base.data_ptr()
         self.tail_words = num_ranks**2 + config.num_experts // num_ranks + config.num_experts + num_ranks * num_nodes
         self._result_bytes = -(-(sizeof(HostResult) + 4 * self.tail_words) // 64) * 64
-        self._memory = torch.zeros((self._num_results + 3) * self._result_bytes, dtype=torch.uint8)
+        self._memory = torch.zeros((self._num_results + 3) * self._result_bytes + 64, dtype=torch.uint8)
         self.board_address = self._memory.data_ptr()
         self.scratch_address = self.board_address + self._result_bytes
         self.refused_address = self.scratch_address + self._result_bytes
+        self.stop_address = self.board_address + (self._num_results + 3) * self._result_bytes
         self.board = FaultNote.from_address(self.board_address)
         self.refused = HostResult.from_address(self.refused_address)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from commlib.layout import align_up
 __all__ = ["EXCHANGE_THREADS", "Buffers", "load_executor_kernels", "make_mesh"]
 
 EXCHANGE_THREADS = 512
+_LINE = 64
 _RESULTS = 2  # of operations whose sizes the host may still want
 _PEER_LOST = 2  # FaultNote::kind
 
@@ -60,11 +62,12 @@ class Buffers:
         self.scratch_address = self.scratch_result.data_ptr()
         board_bytes = align_up(sizeof(FaultNote), 64)
         self._pinned = torch.zeros(
-            board_bytes + (_RESULTS + 1) * self._result_bytes, dtype=torch.uint8, pin_memory=True
+            board_bytes + (_RESULTS + 1) * self._result_bytes + _LINE, dtype=torch.uint8, pin_memory=True
         )
         self.board_address = self._pinned.data_ptr()
         self._first_result = self.board_address + board_bytes
         self.refused_address = self._first_result + _RESULTS * self._result_bytes
+        self.stop_address = self.refused_address + self._result_bytes
         self.board = FaultNote.from_address(self.board_address)
         self.refused = HostResult.from_address(self.refused_address)
         self._fault = torch.zeros(sizeof(FaultNote) + 8, dtype=torch.uint8, pin_memory=True)
@@ -82,6 +85,10 @@ class Buffers:
         """The sticky flag as an int32 tensor [1] on the device."""
         first = Workspace.overflowed.offset
         return self.workspace[first : first + 4].view(torch.int32)
+
+    def end_kernels(self) -> None:
+        """Ends the waits of this rank's kernels, without a call of the driver."""
+        ctypes.c_uint64.from_address(self.stop_address).value = 1
 
     def raise_fault(self, controls: list[int], regions: Regions, rank: int, peer: int) -> None:
         """Ends the waits of the kernels of those ranks whose control regions are given: `peer` is lost."""
@@ -112,6 +119,7 @@ def make_mesh(config: RuntimeConfig, rank: int, num_ranks: int, regions: Regions
         timeout_ns=int(config.timeout_s * 1e9),
         exchange_row_bytes=regions.exchange_row_bytes,
         board=buffers.board_address,
+        stop=buffers.stop_address,
         workspace=buffers.workspace.data_ptr(),
         **{name: regions.offsets[name] for name in regions.offsets if hasattr(Mesh, name)},
     )

@@ -167,6 +167,7 @@ class Mesh(ctypes.Structure):
         ),
         ("fabric", _POINTER),
         ("board", _POINTER),
+        ("stop", _POINTER),
         ("workspace", _POINTER),
         ("base", _POINTER * MAX_RANKS),
         ("heap", _POINTER * MAX_RANKS),

@@ -86,7 +86,8 @@ class OpQueue:
             if num_nodes > 1:
                 plan = plan_launch(config, topology)
                 cpus = cpus_near(self.device)
-                self.tiers = Tiers(boot, config, topology, plan, regions.exchange_row_bytes, connect_timeout_s, cpus)
+                row_bytes, stop = regions.exchange_row_bytes, self.buffers.stop_address
+                self.tiers = Tiers(boot, config, topology, plan, row_bytes, stop, connect_timeout_s, cpus)
         self._watch = Watch(boot.rank, boot.size, config, self._page, self.arena, self.buffers, self.tiers)
         self.mesh = make_mesh(config, boot.rank, boot.size, regions, self.buffers)
         if self.tiers is not None:

@@ -28,6 +28,9 @@ class Tiers:
     Words and rows that ranks tell each other lie in pinned host memory: every transport can write there, and nobody
     needs to flush GPU memory to see a word. Rings lie there, too, or in GPU memory (`RuntimeConfig.ring_memory`).
 
+    Args:
+        stop_address: of a word in pinned memory that ends the waits of this rank's kernels.
+
     Attributes:
         plan: which blocks serve the network.
         view: device memory that holds the DeviceFabric of native/channel/device_fabric.hpp.
@@ -50,6 +53,7 @@ class Tiers:
         topology: Topology,
         plan: LaunchPlan,
         exchange_row_bytes: int,
+        stop_address: int,
         timeout_s: float,
         cpus: list[int],
     ) -> None:
@@ -63,6 +67,7 @@ class Tiers:
             config,
             topology,
             exchange_row_bytes=exchange_row_bytes,
+            stop_address=stop_address,
             num_writers=1 + plan.out_blocks + plan.most_in_blocks,
             cpus=cpus,
             timeout_s=timeout_s,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -16,10 +17,13 @@ Units = dict[str, dict[str, int]]  # kernels of each unit, and the most dynamic 
 
 
 def load_units(units: Units) -> dict[str, Kernel]:
-    """Kernels by name, compiled if need be and loaded into the current context."""
+    """Kernels by name, compiled if need be (all units at once: the largest takes a quarter of a minute) and loaded into
+    the current context."""
+    with ThreadPoolExecutor() as pool:
+        cubins = list(pool.map(lambda unit: compile_unit(unit, default_cache())[0], units))
     kernels: dict[str, Kernel] = {}
-    for unit, names in units.items():
-        kernels |= load_kernels(compile_unit(unit, default_cache())[0], names)
+    for cubin, names in zip(cubins, units.values(), strict=True):
+        kernels |= load_kernels(cubin, names)
     return kernels
 
 

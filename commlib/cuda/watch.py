@@ -46,18 +46,14 @@ class Watch:
                     self._tiers.tell(board, phase_of(board), self._config.timeout_s)
             elif self._tiers is not None and (found := self._tiers.fault()) is not None:
                 self.fault = found
-                self._end_own_kernels(self._rank)
+                self._buffers.end_kernels()
             elif (peer := self._page.lost_peer()) is not None:
                 self.fault = peer_lost_error(self._rank, peer)
                 if self._tiers is not None:
                     self._tiers.tell_lost(peer)
-                self._end_own_kernels(peer)
+                self._buffers.end_kernels()
         if self.fault is not None:
             raise self.fault
-
-    def _end_own_kernels(self, peer: int) -> None:
-        """Those that wait would go on to their deadline."""
-        self._buffers.raise_fault([self._arena.base[self._rank]], self._arena.regions, self._rank, peer)
 
     def take_refusal(self) -> CommError | None:
         """Of an operation that nobody waited for.
@@ -93,6 +89,7 @@ class Watch:
         self.fail(peer_lost_error(self._rank, self._rank))
         if self._tiers is not None:
             self._tiers.tell_left()
+        self._buffers.end_kernels()
         bases: list[Any] = [base for base in self._arena.base if base]
         try:
             self._buffers.raise_fault(bases, self._arena.regions, self._rank, self._rank)

@@ -44,6 +44,10 @@ void set_rings(FabricConfig& config, uintptr_t base, size_t bytes, int dmabuf_fd
   config.rings = {reinterpret_cast<void*>(base), bytes, dmabuf_fd, 0};
 }
 
+void set_stop_word(FabricConfig& config, uintptr_t address) {
+  config.stop_word = reinterpret_cast<uint64_t*>(address);
+}
+
 void set_thread_setup(FabricConfig& config, uintptr_t set_context, uintptr_t context,
                       uintptr_t exchange_capture_mode, int capture_mode) {
   config.thread_setup = {reinterpret_cast<int (*)(void*)>(set_context),
@@ -113,6 +117,7 @@ void register_fabric(nb::module_& module) {
       .def_rw("transport", &FabricConfig::transport)
       .def_rw("transport_options", &FabricConfig::transport_options)
       .def("set_rings", &set_rings, "base"_a, "bytes"_a, "dmabuf_fd"_a)
+      .def("set_stop_word", &set_stop_word, "address"_a)
       .def("set_thread_setup", &set_thread_setup, "set_context"_a, "context"_a,
            "exchange_capture_mode"_a, "capture_mode"_a);
   nb::class_<Fabric>(module, "Fabric")

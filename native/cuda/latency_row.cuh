@@ -61,6 +61,7 @@ struct PiecePipe {
   }
   __device__ uint8_t* wait_oldest() const {
     wait_barrier(ready + used % kStages, used / kStages & 1);
+    __syncwarp();  // the lanes read it together
     return stage(used);
   }
   __device__ void free_oldest() {

@@ -171,6 +171,7 @@ struct Mesh {
   uint64_t home_arrived;      // several nodes: [node][slot] likewise, of rows from other nodes
   DeviceFabric* fabric;       // nullptr: one node
   FaultNote* board;           // in pinned host memory
+  const uint64_t* stop;       // likewise: not 0 once the host wants all waits to end
   Workspace* workspace;
   uint8_t* base[kMaxRanks];  // nullptr: of another node
   uint8_t* heap[kMaxRanks];  // where grants count from

@@ -54,6 +54,12 @@ __device__ inline void adopt_fault(const Mesh& mesh) {
   copy_note(mesh.board, at<FaultNote>(mesh, mesh.rank, mesh.fault_note)[who - 1]);
 }
 
+// The host knows of a fault. It may not be able to say so by a copy: a driver's call may wait for
+// this kernel and keep others out.
+__device__ inline bool is_stopped(const Mesh& mesh) {
+  return commlib::load_relaxed(mesh.stop) != 0;  // partner: the store in FaultBoard::raise()
+}
+
 // Work that warps of the whole grid take in turn. The next number comes while its forerunner is
 // worked on.
 struct Tickets {
@@ -79,14 +85,20 @@ struct Tickets {
 template <typename Poll>
 __device__ inline bool wait_until(const Mesh& mesh, const WaitFor& what, Poll poll,
                                   uint64_t timeout_ns) {
+  constexpr uint32_t kLook = 64;          // polls between two looks at memory of the device,
+  constexpr uint32_t kLookAtHost = 1024;  // and at the host's, which is far
   uint64_t seen = 0;
   if (poll(&seen)) return true;
   const uint64_t start = now_ns();
   for (uint32_t i = 1;; ++i) {
     if (poll(&seen)) return true;
-    if (i % 64 != 0) continue;
+    if (i % kLook != 0) continue;
     if (is_faulty(mesh)) {
       adopt_fault(mesh);
+      return false;
+    }
+    if (i % kLookAtHost == 0 && is_stopped(mesh)) {
+      atomicExch(&mesh.workspace->is_faulty, 1u);
       return false;
     }
     if (now_ns() - start > timeout_ns) {

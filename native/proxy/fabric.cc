@@ -68,6 +68,7 @@ void check_rings(const DeviceRegion& rings, const RegisteredRegion& registered) 
 }  // namespace
 
 Fabric::Fabric(const FabricConfig& config) : config_(config), pid_(getpid()) {
+  board_.set_stop_word(config.stop_word);
   Group group(config.rank, config.node_of_rank, config.num_experts);
   const MemoryConfig memory{config.exchange_row_bytes, config.ring_bytes};
   check_addresses(config, group, memory);

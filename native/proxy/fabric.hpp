@@ -32,6 +32,7 @@ struct FabricConfig {
   // Transport::register_device_region; nullptr: host memory of the fabric's own.
   DeviceRegion rings;
   ThreadSetup thread_setup;
+  uint64_t* stop_word = nullptr;  // of FaultBoard; outlives the Fabric
   // Test hook: makes the transport of each proxy thread in place of the provider named above.
   std::function<std::unique_ptr<Transport>(PutListener*, int rank)> make_transport;
 };

@@ -4,12 +4,17 @@
 #include <atomic>
 #include <mutex>
 
+#include "common/atomics.hpp"
 #include "common/fault.hpp"
 
 namespace commlib {
 
 class FaultBoard {
  public:
+  // A word in memory that kernels read: 1 once there is a fault, which ends their waits with no
+  // call of a driver, in which some thread may wait for them. Once, before there are threads.
+  void set_stop_word(uint64_t* word) { stop_word_ = word; }
+
   bool raised() const { return raised_.load(std::memory_order_acquire); }
 
   // True if this record became the Runtime's fault.
@@ -18,6 +23,8 @@ class FaultBoard {
     if (raised_.load(std::memory_order_relaxed)) return false;
     record_ = record;
     raised_.store(true, std::memory_order_release);  // partner: raised()
+    // Partner: is_stopped() of the kernels.
+    if (stop_word_ != nullptr) store_release(stop_word_, 1);
     return true;
   }
 
@@ -30,6 +37,7 @@ class FaultBoard {
   mutable std::mutex mutex_;
   std::atomic<bool> raised_{false};
   FaultRecord record_;
+  uint64_t* stop_word_ = nullptr;
 };
 
 }  // namespace commlib

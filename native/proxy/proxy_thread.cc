@@ -193,8 +193,7 @@ int ProxyThread::drain() {
 void ProxyThread::post(const CommandFields& command) {
   ProxyChannel& channel = *channels_[command.channel];
   if (command.kind == CommandKind::kPut) {
-    channel.in_flight.push_back(false);
-    const uint64_t token = make_token(command.channel, channel.posted++);
+    const uint64_t token = make_token(command.channel, channel.puts.post());
     auto& bytes = channel.spec.purpose == ChannelPurpose::kExchange ? exchange_bytes_ : data_bytes_;
     bytes.fetch_add(command.bytes, std::memory_order_relaxed);
     transport_->put(channel.spec.peer, command.src_offset, command.dst_offset, command.bytes,
@@ -235,19 +234,13 @@ void ProxyThread::on_put_complete(uint64_t token) {
   }
   const uint64_t number = token >> 48;
   const uint64_t index = token & ((1ull << 48) - 1);
-  if (number >= channels_.size() || channels_[number] == nullptr ||
-      index >= channels_[number]->posted)
-    return raise_unknown_token(number, index);
-  ProxyChannel& channel = *channels_[number];
-  uint64_t completed = load_relaxed(channel.completed);
   // The first report of a put stands; a provider that repeats one has lost nothing of ours.
-  if (index < completed) return;
-  channel.in_flight[index - completed] = true;
-  while (!channel.in_flight.empty() && channel.in_flight.front()) {
-    channel.in_flight.pop_front();
-    ++completed;
-  }
-  store_release(channel.completed, completed);  // partner: completed(), or the kernel's load
+  if (number >= channels_.size() || channels_[number] == nullptr ||
+      !channels_[number]->puts.complete(index))
+    return raise_unknown_token(number, index);
+  const ProxyChannel& channel = *channels_[number];
+  // Partner: completed(), or the kernel's load.
+  store_release(channel.completed, channel.puts.num_complete());
 }
 
 // The provider is out of its mind: slots may be reused while it reads them.
@@ -257,7 +250,7 @@ void ProxyThread::raise_unknown_token(uint64_t channel, uint64_t index) {
   record.rank = mesh_.group().rank();
   record.seen = index;
   if (channel < channels_.size() && channels_[channel] != nullptr)
-    record.expected = channels_[channel]->posted;
+    record.expected = channels_[channel]->puts.num_posted();
   record.set_phase("transport/completion");
   record.set_detail(("channel " + std::to_string(channel) + " has posted fewer puts").c_str());
   board_.raise(record);

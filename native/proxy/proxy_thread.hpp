@@ -3,13 +3,13 @@
 
 #include <atomic>
 #include <condition_variable>
-#include <deque>
 #include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
 
 #include "channel/fifo.hpp"
+#include "common/in_order.hpp"
 #include "proxy/channel_table.hpp"
 #include "proxy/monitor.hpp"
 
@@ -35,11 +35,10 @@ struct ThreadSetup {
 // A channel as its proxy thread, which alone touches it, sees it.
 struct ProxyChannel {
   ChannelSpec spec;
-  uint64_t total = 0;   // running total of counts: the value of the peer's counter
-  uint64_t posted = 0;  // puts
+  uint64_t total = 0;  // running total of counts: the value of the peer's counter
   bool is_dirty = false;
-  std::deque<bool> in_flight;     // oldest first: completed yet?
-  uint64_t* completed = nullptr;  // line of the channel: prefix of puts that completed
+  InOrder puts;
+  uint64_t* completed = nullptr;  // line of the channel: puts.num_complete(), for others
 };
 
 class ProxyThread : public PutListener {
@@ -76,6 +75,7 @@ class ProxyThread : public PutListener {
   Transport* transport() const { return transport_.get(); }
 
   void on_put_complete(uint64_t token) override;
+  void on_fault() override { check_transport(); }
 
  private:
   void loop();

@@ -303,6 +303,16 @@ TEST_CASE("the same with several proxy threads, each of which serves some nodes"
                        ConfigException);
 }
 
+TEST_CASE("kernels hear of a fault") {
+  uint64_t word = 0;
+  FabricConfig config = config_of(0, {0, 1});
+  config.stop_word = &word;
+  Fabric fabric(config);
+  CHECK(load_acquire(&word) == 0);
+  fabric.raise_lost(1);
+  CHECK(load_acquire(&word) == 1);
+}
+
 TEST_CASE("a fault of one rank reaches all, also one that a kernel has found") {
   Fabrics fabrics({0, 0, 1, 1});
   FaultRecord fault;

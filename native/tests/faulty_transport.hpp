@@ -231,6 +231,7 @@ class FaultyTransport final : public Transport, private PutListener {
   }
 
   void on_put_complete(uint64_t token) override { complete(token); }
+  void on_fault() override { listener_->on_fault(); }
   void complete(uint64_t token) {
     const uint64_t number = num_completions_++;
     const uint64_t place = plan_.reorder ? decide(number, 3) : number;

@@ -30,6 +30,8 @@ inline double seconds_since(Clock::time_point start) {
 class TokenCounter : public PutListener {
  public:
   void on_put_complete(uint64_t token) override { ++reports_[token]; }
+  void on_fault() override { ++num_faults_; }
+  int num_faults() const { return num_faults_; }
   int reports(uint64_t token) const {
     auto it = reports_.find(token);
     return it == reports_.end() ? 0 : it->second;
@@ -45,6 +47,7 @@ class TokenCounter : public PutListener {
 
  private:
   std::map<uint64_t, int> reports_;
+  int num_faults_ = 0;
 };
 
 // [send slots][receive slots][control words], all in one region; or [control words] there and the

@@ -100,6 +100,7 @@ void check_kill(const char* tls, bool is_stopped_first) {
     fault = node.transport->take_fault();
   }
   REQUIRE(fault.has_value());
+  CHECK(node.tokens.num_faults() == 1);
   CHECK(fault->peer == 1);
   CHECK(fault->message.find("rank 1") != std::string::npos);
   MESSAGE("after ", seconds_since(killed) * 1e3, " ms: ", fault->message);

@@ -44,6 +44,7 @@ class ProviderBase : public Transport {
   void add_fault(int peer, int code, std::string call, std::string message) {
     if (!faulted_.insert(peer).second) return;
     faults_.push_back({peer, code, std::move(call), std::move(message)});
+    listener_->on_fault();
   }
 
  private:

@@ -107,6 +107,9 @@ class PutListener {
   // The local bytes of this put may be reused. May post further commands, except when called from
   // `shutdown`; must not call `progress` or `shutdown`.
   virtual void on_put_complete(uint64_t token) = 0;
+  // take_fault() has something, in the middle of whatever call of the transport: what the provider
+  // does next may take long. May take it and do nothing else with the transport.
+  virtual void on_fault() {}
 };
 
 // Memory of a GPU. A provider may use the dmabuf (offset bytes into it lies `base`), or reach the

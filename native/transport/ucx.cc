@@ -43,9 +43,11 @@ void UcxTransport::put(int peer, size_t local_offset, size_t remote_offset, size
 void UcxTransport::fence(int peer) {
   Peer* entry = find_peer(peer, "fence");
   if (entry == nullptr || !entry->posted_since_fence) return;
-  entry->posted_since_fence = false;
+  const bool is_of_copies = entry->has_direct_copies && !entry->put_host_since_fence;
+  entry->posted_since_fence = entry->put_host_since_fence = false;
   entry->signalled.clear();
-  submit(*entry, {CommandKind::kFence});
+  if (!is_of_copies) return submit(*entry, {CommandKind::kFence});
+  submit(*entry, {CommandKind::kCopiesFence, 0, 0, 0, entry->copies.num_posted()});
 }
 
 void UcxTransport::put_signal(int peer, size_t remote_offset, uint64_t value) {
@@ -63,11 +65,18 @@ void UcxTransport::put_signal(int peer, size_t remote_offset, uint64_t value) {
 }
 
 void UcxTransport::submit(Peer& peer, const Command& command) {
-  if (command.kind != CommandKind::kFence) peer.posted_since_fence = true;
-  const bool is_clear = !peer.is_flushing && peer.held.empty();
-  if (is_clear || command.kind == CommandKind::kPut) return execute(peer, command);
+  const bool is_put = command.kind == CommandKind::kPut;
+  if (is_put || command.kind == CommandKind::kSignal) peer.posted_since_fence = true;
+  if (is_put && !is_copy(peer, command)) peer.put_host_since_fence = true;
+  if (is_put || (!peer.is_held() && peer.held.empty())) return execute(peer, command);
   peer.held.push_back(command);
   ++held_;
+}
+
+// Between device regions.
+bool UcxTransport::is_copy(const Peer& peer, const Command& command) const {
+  return command.local_offset >= memory_.host_bytes() &&
+         command.remote_offset >= peer.memory.host_bytes();
 }
 
 void UcxTransport::execute(Peer& peer, const Command& command) {
@@ -75,6 +84,9 @@ void UcxTransport::execute(Peer& peer, const Command& command) {
     case CommandKind::kPut:
     case CommandKind::kSignal:
       return post(peer, command);
+    case CommandKind::kCopiesFence:
+      peer.awaited_copies = command.value;
+      return;
     case CommandKind::kFence:
       if (fence_mode_ == FenceMode::kFlush) return start_flush(peer);
       if (const ucs_status_t status = ucp_worker_fence(worker_); status != UCS_OK) {
@@ -91,7 +103,7 @@ UcxTransport::Operation* UcxTransport::begin(Peer& peer, CommandKind kind, uint6
     operation = free_.back();
     free_.pop_back();
   }
-  *operation = {&peer, kind, value};
+  *operation = {&peer, kind, value, std::nullopt};
   ++peer.outstanding;
   ++outstanding_;
   return operation;
@@ -109,6 +121,7 @@ void UcxTransport::post(Peer& peer, const Command& command) {
     param.op_attr_mask |= UCP_OP_ATTR_FIELD_MEMH;
     param.memh = from.key;
     local = reinterpret_cast<const void*>(from.address);
+    if (is_copy(peer, command)) operation->copy = peer.copies.post();
   }
   const auto to = *peer.memory.find(command.remote_offset, command.bytes);
   track(operation, ucp_put_nbx(peer.ep, local, command.bytes, to.address, to.key, &param));
@@ -149,6 +162,7 @@ void UcxTransport::finish(Operation* operation, ucs_status_t status) {
   --outstanding_;
   if (operation->kind == CommandKind::kPut) complete_later(operation->value);
   if (operation->kind == CommandKind::kFence) peer.is_flushing = false;
+  if (operation->copy) peer.copies.complete(*operation->copy);
   if (status != UCS_OK) {
     fail_peer(peer, status,
               operation->kind == CommandKind::kFence ? "ucp_ep_flush_nbx" : "ucp_put_nbx",
@@ -157,12 +171,12 @@ void UcxTransport::finish(Operation* operation, ucs_status_t status) {
   free_.push_back(operation);
 }
 
-// What is behind a finished flush, up to the next fence.
+// What is behind a fence that is done, up to the next one.
 int UcxTransport::release_held() {
   if (held_ == 0) return 0;
   int released = 0;
   for (const auto& peer : peers_) {
-    while (peer != nullptr && !peer->is_flushing && !peer->failed && !peer->held.empty()) {
+    while (peer != nullptr && !peer->is_held() && !peer->failed && !peer->held.empty()) {
       const Command command = peer->held.front();
       peer->held.pop_front();
       --held_;

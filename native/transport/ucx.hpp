@@ -17,9 +17,11 @@
 #include <chrono>
 #include <deque>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
+#include "common/in_order.hpp"
 #include "transport/provider_base.hpp"
 
 namespace commlib {
@@ -57,18 +59,19 @@ class UcxTransport final : public ProviderBase {
     kEndpoint,
     // We flush the one endpoint and hold its signals back. For older UCX, whose ucp_worker_fence
     // blocks in a remote flush of all endpoints, so that one stopped peer stops everything; and
-    // with device memory, whose puts take another lane than signals.
+    // with device memory, whose puts take another lane than signals. A flush waits for the peer's
+    // processor on every lane, so that copies between GPUs do without, see copies_are_direct().
     kFlush,
   };
 
-  enum class CommandKind { kPut, kSignal, kFence };
+  enum class CommandKind { kPut, kSignal, kFence, kCopiesFence };
 
   struct Command {
     CommandKind kind;
     size_t local_offset = 0;
     size_t remote_offset = 0;
     size_t bytes = 0;
-    uint64_t value = 0;  // token of a put, value of a signal
+    uint64_t value = 0;  // token of a put, value of a signal, copies that a fence waits for
   };
 
   struct Peer {
@@ -82,6 +85,13 @@ class UcxTransport final : public ProviderBase {
     bool posted_since_fence = false;
     std::vector<size_t> signalled;  // words since the last fence, few
     std::deque<Command> held;       // kFlush: signals and fences behind a fence under way
+
+    bool has_direct_copies = false;
+    InOrder copies;               // puts between device regions
+    uint64_t awaited_copies = 0;  // so many, from the first, by the last kCopiesFence
+    bool put_host_since_fence = false;
+
+    bool is_held() const { return is_flushing || copies.num_complete() < awaited_copies; }
   };
 
   // One operation given to UCX. The address is stable until it completes, because UCX reads the
@@ -89,7 +99,8 @@ class UcxTransport final : public ProviderBase {
   struct Operation {
     Peer* peer = nullptr;  // null: free
     CommandKind kind = CommandKind::kPut;
-    uint64_t value = 0;  // token of a put; the source word of a signal
+    uint64_t value = 0;            // token of a put; the source word of a signal
+    std::optional<uint64_t> copy;  // its number in Peer::copies
   };
 
   // ucx_setup.cc
@@ -107,12 +118,14 @@ class UcxTransport final : public ProviderBase {
   ucs_status_t exclude_transports(ucp_config_t* config) const;
   bool is_refused(const std::string& transport) const;
   void refuse_single_copy(const Peer& peer) const;
+  bool copies_are_direct(const Peer& peer) const;
   ucs_memory_type_t type_of(ucp_mem_h memory) const;
   std::string describe_peer(const Peer& peer) const;
 
   // ucx.cc
   Peer* find_peer(int peer, const char* call);
   void submit(Peer& peer, const Command& command);
+  bool is_copy(const Peer& peer, const Command& command) const;
   void execute(Peer& peer, const Command& command);
   void post(Peer& peer, const Command& command);
   void start_flush(Peer& peer);

@@ -26,6 +26,9 @@ constexpr const char* kDeviceCopy = "cuda_ipc";
 // and they would pin all host memory that is registered, which kernels' owners pin by themselves.
 constexpr const char* kDeviceOnly[] = {"cuda_copy", "gdr_copy", "rocm_copy", "ze_copy"};
 
+// What carries host memory within a host.
+constexpr const char* kHostOnly[] = {"self", "tcp", "sysv", "posix"};
+
 struct LaneName {
   std::string transport;
   std::string device;
@@ -102,6 +105,21 @@ DeviceReach UcxTransport::device_reach(int peer) const {
   return DeviceReach::kStaged;
 }
 
+// Whether a put of device memory that is complete here has arrived there, so that a signal may
+// follow without a flush: if cuda_ipc carries it, whose completion is the end of the copy. UCX has
+// no other way for it if all other lanes know host memory only; what it would emulate by messages
+// it does not while a lane can do it. Signals then go on one of those lanes, always the same, in
+// order.
+bool UcxTransport::copies_are_direct(const Peer& peer) const {
+  if (device_reach(peer.rank) != DeviceReach::kDirect) return false;
+  const auto is_known = [](const LaneName& lane) {
+    return lane.transport == kDeviceCopy || std::find(std::begin(kHostOnly), std::end(kHostOnly),
+                                                      lane.transport) != std::end(kHostOnly);
+  };
+  const std::vector<LaneName> lanes = lanes_of(peer.ep);
+  return std::all_of(lanes.begin(), lanes.end(), is_known);
+}
+
 std::string UcxTransport::describe_peer(const Peer& peer) const {
   std::string text = "rank " + std::to_string(peer.rank) + ": ";
   if (peer.failed || peer.ep == nullptr) return text + "closed";
@@ -109,6 +127,7 @@ std::string UcxTransport::describe_peer(const Peer& peer) const {
   if (lanes.empty()) return text + "unknown";
   for (size_t i = 0; i < lanes.size(); ++i)
     text.append(i > 0 ? "+" : "").append(lanes[i].transport).append("/").append(lanes[i].device);
+  if (peer.has_direct_copies) text += ", copies fenced by their completion";
   return text;
 }
 

@@ -261,6 +261,7 @@ void UcxTransport::unpack_address(Peer& peer, const std::vector<uint8_t>& addres
     packed += region.rkey_bytes;
   }
   if (peer.memory.has_device()) fence_mode_ = FenceMode::kFlush;
+  peer.has_direct_copies = copies_are_direct(peer);
 }
 
 void UcxTransport::connect(int peer, const std::vector<uint8_t>& address) {

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import threading
+import time
 from typing import Any
 
 import pytest
@@ -10,6 +13,7 @@ from engines_on_cpu import World
 from kernels_on_cpu import CpuKernels
 from row_cases import Case, assert_bits
 
+from commlib.cuda.params import Workspace
 from commlib.errors import CapacityError, ConfigError
 from commlib.executor import CombineCall, DispatchCall
 from commlib.handle import Dispatched
@@ -140,6 +144,22 @@ def test_a_combine_that_may_take_more_than_there_is(
         for engine in world.engines:
             with pytest.raises(CapacityError):
                 engine.check()
+
+
+def test_the_host_ends_a_wait(kernels: CpuKernels) -> None:
+    """By a word of its own memory, long before the deadline: nobody else comes to this operation."""
+    world = World(kernels, 2, hidden=128, num_experts=4, num_topk=1, max_tokens=20, num_sms=2, timeout_s=60.0)
+    work = make_workload("uniform", num_ranks=2, num_experts=4, num_topk=1, num_tokens=20, seed=1)
+    case = Case(work, [random_payload(r, 20, 128, torch.bfloat16, 1) for r in range(2)], [0, 0])
+    engine = world.engines[0]
+    word = ctypes.c_uint64.from_address(engine.buffers.stop_address)
+    timer = threading.Timer(0.3, lambda: setattr(word, "value", 1))
+    start = time.monotonic()
+    timer.start()
+    engine._dispatches.issue(case.call(0), is_split=False)  # its kernel has ended when this returns
+    assert 0.2 < time.monotonic() - start < 30
+    assert Workspace.from_address(engine.buffers.workspace.data_ptr()).is_faulty == 1
+    assert engine.buffers.board.kind == 0, "no deadline was missed"
 
 
 @pytest.mark.parametrize(

@@ -31,10 +31,8 @@ struct RecvEnd {
 
 // Of blocks that serve one ring together, see native/cuda/tier_team.cuh.
 struct TeamWords {
-  uint64_t turn;
-  int32_t ring;
-  uint32_t first, end;
-  uint32_t num_through;
+  uint64_t turn;   // epoch << 32 | chunks of it that have been told
+  uint64_t total;  // chunks over the life of the ring before these
 };
 
 // Written by the kernels of one Runtime, one after the other.

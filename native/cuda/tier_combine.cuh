@@ -60,7 +60,7 @@ __device__ void forward_reduce(const Mesh& mesh, const CombineCall& call, const 
                       tier.node_counts + fabric.node,
                       uint32_t(fabric.num_nodes),
                       fabric.in_sources,
-                      1 + int(tier.out_blocks + number),
+                      1 + int(tier.out_blocks + rings.first),
                       tier.slot_bytes,
                       true};
   Summer<T, false> sum(own.is_last, own.weights);
@@ -100,7 +100,7 @@ __device__ inline void receive(const Mesh& mesh, const TierCall& tier, WarpMemor
                       tier.node_counts + mesh.rank * fabric.num_nodes,
                       1,
                       fabric.remote_nodes,
-                      1 + int(number),
+                      1 + int(rings.first),
                       tier.slot_bytes,
                       kHomecoming,
                       false};

@@ -93,7 +93,7 @@ __device__ inline void scale_out_send(const Mesh& mesh, const DispatchCall& call
                       tier.node_counts + mesh.rank * fabric.num_nodes,
                       1,
                       fabric.remote_nodes,
-                      1 + int(number),
+                      1 + int(rings.first),
                       tier.slot_bytes,
                       false};
   const Caster caster(call, own);
@@ -185,7 +185,7 @@ __device__ inline void forward(const Mesh& mesh, const DispatchCall& call, const
                       tier.node_counts + fabric.node,
                       uint32_t(fabric.num_nodes),
                       fabric.in_sources,
-                      1 + int(tier.out_blocks + number),
+                      1 + int(tier.out_blocks + rings.first),
                       tier.slot_bytes,
                       kForward,
                       true};

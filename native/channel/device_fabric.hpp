@@ -31,8 +31,10 @@ struct RecvEnd {
 
 // Of blocks that serve one ring together, see native/cuda/tier_team.cuh.
 struct TeamWords {
-  uint64_t turn;   // epoch << 32 | chunks of it that have been told
-  uint64_t total;  // chunks over the life of the ring before these
+  uint64_t turn;        // epoch << 32 | chunks of it that have been told
+  uint64_t total;       // chunks over the life of the ring before these
+  uint64_t ready;       // of all over its life, those that may be served
+  uint32_t is_looking;  // some block looks whether there are more
 };
 
 // Written by the kernels of one Runtime, one after the other.

@@ -69,10 +69,11 @@ struct Outgoing {
     return batch_slots(geometry, geometry.num_chunks - (total - drained));
   }
   __device__ uint64_t total(uint32_t i) const { return totals[numbers[i]]; }
-  // Likewise, of one chunk of an operation that began after `total` of them.
-  __device__ bool has_chunk(uint32_t i, uint64_t total, uint32_t chunk) const {
+  // Chunks over the life of the ring for which there is room, in an operation that began after
+  // `total` of them.
+  __device__ uint64_t num_ready(uint32_t i, uint64_t total) const {
     const uint64_t drained = num_drained(ends[numbers[i]]);
-    return drained >= total && total + chunk < drained + ring(i).num_chunks;
+    return drained < total ? total : drained + ring(i).num_chunks;
   }
   __device__ uint8_t* slot(uint32_t i, uint32_t number) const {
     return ring_at(mesh, ends[numbers[i]].local_offset + ring(i).slot_offset(number));
@@ -124,10 +125,9 @@ struct Incoming {
     return batch_slots(ring(i), chunks);
   }
   __device__ uint64_t total(uint32_t i) const { return totals[numbers[i]]; }
-  // Likewise, of one chunk of an operation that began after `total` of them.
-  __device__ bool has_chunk(uint32_t i, uint64_t total, uint32_t chunk) const {
-    return commlib::load_acquire(registered<uint64_t>(mesh, ends[numbers[i]].count)) >
-           total + chunk;
+  // Chunks over the life of the ring that have come.
+  __device__ uint64_t num_ready(uint32_t i, uint64_t) const {
+    return commlib::load_acquire(registered<uint64_t>(mesh, ends[numbers[i]].count));
   }
   __device__ const uint8_t* slot(uint32_t i, uint32_t number) const {
     return ring_at(mesh, ends[numbers[i]].local_offset + ring(i).slot_offset(number));

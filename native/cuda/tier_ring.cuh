@@ -79,7 +79,8 @@ __device__ bool share_ring(const Mesh& mesh, const Side& side, const BlockRings&
       const uint64_t total = team.words().total;
       is_fine = wait_until(mesh, what, [&](uint64_t* seen) {
         *seen = first;
-        const bool is_ready = side.has_chunk(ring, total, chunk);
+        const bool is_ready =
+            team.has_chunks(chunk + 1, [&] { return side.num_ready(ring, total); });
         if (!is_ready) __nanosleep(200);
         return is_ready;
       });

@@ -42,8 +42,25 @@ struct Team {
 
   // Member 0: what the others need to know lies there.
   __device__ void begin(uint64_t total) const {
-    words().total = total;
+    words().total = words().ready = total;
     pass(0);
+  }
+
+  // Whether this many chunks of the operation may be served. `num_ready()` looks for how many, over
+  // the life of the ring, in host memory: one block at a time, for twenty that read the same words
+  // over PCIe make what writes them ten times slower.
+  template <typename NumReady>
+  __device__ bool has_chunks(uint32_t count, NumReady num_ready) const {
+    TeamWords& word = words();
+    const uint64_t wanted = word.total + count;
+    if (load_acquire(&word.ready) >= wanted) return true;  // partner: the store below
+    if (atomicExch(&word.is_looking, 1u) != 0) return false;
+    fence_device();  // what the last that looked has stored
+    const uint64_t ready = num_ready();
+    if (ready > word.ready) store_release(&word.ready, ready);
+    fence_device();
+    atomicExch(&word.is_looking, 0u);
+    return ready >= wanted;
   }
 
   // `told` chunks have been told: the next may be. False: the Runtime is faulty.

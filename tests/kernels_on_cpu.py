@@ -25,13 +25,14 @@ OPTIONS = [
 UNITS = {
     "exchange": ("exchange",),
     "dispatch": ("dispatch",),
-    "combine": ("combine_bf16", "combine_f32"),
+    "combine_bf16": ("combine_bf16",),
+    "combine_f32": ("combine_f32",),
     "latency_dispatch": ("latency_dispatch",),
     "latency_combine": ("latency_combine",),
     "tier_dispatch": ("tier_dispatch",),
-    "tier_combine": ("tier_combine_bf16", "tier_combine_f32"),
+    "tier_combine_bf16": ("tier_combine_bf16",),
+    "tier_combine_f32": ("tier_combine_f32",),
 }
-_DYNAMIC = "extern __shared__ __align__(128) uint8_t memory[];"
 _RUN = """
 extern "C" void run_{kernel}(unsigned number, unsigned num_blocks, unsigned num_threads, size_t shared_bytes,
                              const void* const* structs) {{
@@ -87,7 +88,7 @@ class CpuKernels:
             return taken
 
     def compile(self, unit: str) -> None:
-        text = (NATIVE / "cuda" / f"{unit}.cu").read_text().replace(_DYNAMIC, "uint8_t* memory = dynamic_shared();")
+        text = (NATIVE / "cuda" / f"{unit}.cu").read_text()
         source = self._folder / f"{unit}.cc"
         runs = [_RUN.format(kernel=kernel) for kernel in UNITS[unit]]
         source.write_text("\n".join([f'#include "{EMULATION}/cuda_on_cpu.hpp"', text, *runs]))

@@ -26,9 +26,11 @@ ARCHITECTURE = "sm_90a"
 UNITS = (
     "exchange",
     "dispatch",
-    "combine",
+    "combine_bf16",
+    "combine_f32",
     "tier_dispatch",
-    "tier_combine",
+    "tier_combine_bf16",
+    "tier_combine_f32",
     "latency_dispatch",
     "latency_combine",
     "gate",

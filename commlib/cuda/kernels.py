@@ -27,19 +27,14 @@ _PEER_LOST = 2  # FaultNote::kind
 
 def load_executor_kernels(*, has_latency: bool, has_tiers: bool) -> dict[str, Kernel]:
     """All kernels, loaded: later the driver would wait for running kernels, which may wait for this one on a peer."""
-    wanted = {
-        "exchange": {"exchange": MAX_SHARED_BYTES},
-        "dispatch": {"dispatch": MAX_SHARED_BYTES},
-        "combine": {"combine_bf16": MAX_SHARED_BYTES, "combine_f32": MAX_SHARED_BYTES},
-    }
+    wanted = ["exchange", "dispatch", "combine_bf16", "combine_f32"]
     if has_tiers:
-        wanted["tier_dispatch"] = {"tier_dispatch": MAX_SHARED_BYTES}
-        wanted["tier_combine"] = {"tier_combine_bf16": MAX_SHARED_BYTES, "tier_combine_f32": MAX_SHARED_BYTES}
+        wanted += ["tier_dispatch", "tier_combine_bf16", "tier_combine_f32"]
+    if has_latency:
+        wanted += ["latency_dispatch", "latency_combine"]
     load_gate(torch.cuda.current_device())
     load_layout(torch.cuda.current_device())
-    if has_latency:
-        wanted |= {name: {name: MAX_SHARED_BYTES} for name in ("latency_dispatch", "latency_combine")}
-    return load_units(wanted)
+    return load_units({name: {name: MAX_SHARED_BYTES} for name in wanted})
 
 
 class Buffers:

@@ -31,7 +31,7 @@ __all__ = [
 
 MAX_SHARED_BYTES = 226 * 1024  # dynamic, of one block on compute capability 9.0; 1 KiB is left for static variables
 STAGES = 4  # kStages in native/cuda
-TIER_COMBINE_WARPS = 12  # of tier_combine.cu, which needs more registers than combine.cu
+TIER_COMBINE_WARPS = 12  # of tier_combine_*.cu, which need more registers than combine_*.cu
 LATENCY_WARPS = 16  # of a block in the latency regime's dispatch: a part of a row each
 LATENCY_COMBINE_WARPS = 12  # likewise, of its combine
 MAX_PARTS = 16  # of a partial row there, kMaxParts in native/cuda/latency.cuh
@@ -42,7 +42,7 @@ _LATENCY_STAGES = 2  # PiecePipe::kStages in native/cuda/latency_row.cuh
 _MAX_LATENCY_PIECE = 2048  # of BF16, 8 blocks of 128 columns: one round of cast_piece_pow2
 _COUNT_WORDS = 16  # kCountWords in native/cuda/count.cuh
 _WARP_ALIGNMENT = 128  # RowPipe::kAlignment
-_MAX_COMBINE_PIECE = 7 * 512  # kVectors in native/cuda/combine.cu: what a warp sums in registers
+_MAX_COMBINE_PIECE = 7 * 512  # kVectors in native/cuda/sum.cuh: what a warp sums in registers
 _SCALES_OF_BULK = 4  # scales of pieces that have a multiple of so many are copied in bulk, see Caster in carrier.cuh
 _GOOD_UNIT = 512  # pieces that are multiples of this start on whole lines: a third slower otherwise
 

@@ -5,7 +5,7 @@ namespace commlib::cuda {
 
 extern "C" __global__ void __launch_bounds__(512, 1)
     exchange(const __grid_constant__ Mesh mesh, const __grid_constant__ ExchangeCall call) {
-  extern __shared__ __align__(128) uint8_t memory[];
+  uint8_t* memory = dynamic_shared();
   settle(mesh, call, reinterpret_cast<uint32_t*>(memory));
 }
 

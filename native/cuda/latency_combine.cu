@@ -130,7 +130,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     latency_combine(const __grid_constant__ Mesh mesh,
                     const __grid_constant__ LatencyRegions regions,
                     const __grid_constant__ LatencyCombineCall call) {
-  extern __shared__ __align__(128) uint8_t memory[];
+  uint8_t* memory = dynamic_shared();
   const uint64_t* epochs = start_latency(mesh, regions);
   const uint64_t sent = epochs[kCombineSent] + 1, received = epochs[kAddedUp] + 1;
   const bool is_void = *call.state != 0;  // on all ranks alike

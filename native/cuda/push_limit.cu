@@ -14,7 +14,7 @@ struct PushLimitCall {
 
 extern "C" __global__ void __launch_bounds__(512, 1)
     push_limit(const __grid_constant__ PushLimitCall call) {
-  extern __shared__ __align__(128) uint8_t memory[];
+  uint8_t* memory = dynamic_shared();
   const uint32_t warps = blockDim.x / 32, warp = uint32_t(warp_id());
   RowPipe<4, 3, 1> pipe;
   const uint32_t warp_bytes = uint32_t(

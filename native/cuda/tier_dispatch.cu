@@ -11,7 +11,7 @@ extern "C" __global__ void __launch_bounds__(448, 1)
     tier_dispatch(const __grid_constant__ Mesh mesh, const __grid_constant__ ExchangeCall exchange,
                   const __grid_constant__ DispatchCall call,
                   const __grid_constant__ TierCall tier) {
-  extern __shared__ __align__(128) uint8_t memory[];
+  uint8_t* memory = dynamic_shared();
   if (!settle(mesh, exchange, reinterpret_cast<uint32_t*>(memory))) return;
   fence_async_shared();  // what settle() left in shared memory, before bulk copies overwrite it
   __syncthreads();

@@ -29,9 +29,11 @@ from examples.overlap_figures import occupied
 KERNELS = {
     "exchange": {"exchange"},
     "dispatch": {"dispatch"},
-    "combine": {"combine_bf16", "combine_f32"},
+    "combine_bf16": {"combine_bf16"},
+    "combine_f32": {"combine_f32"},
     "tier_dispatch": {"tier_dispatch"},
-    "tier_combine": {"tier_combine_bf16", "tier_combine_f32"},
+    "tier_combine_bf16": {"tier_combine_bf16"},
+    "tier_combine_f32": {"tier_combine_f32"},
     "latency_dispatch": {"latency_dispatch"},
     "latency_combine": {"latency_combine"},
     "gate": {"gate_8", "gate_16", "gate_32"},
@@ -98,8 +100,8 @@ def test_unknown_unit() -> None:
     with pytest.raises(
         ConfigError,
         match=re.escape(
-            "unit='nothing' is not one of exchange|dispatch|combine|tier_dispatch|tier_combine|"
-            "latency_dispatch|latency_combine|gate|dispatch_layout|quant|e5m6|swiglu|push_limit"
+            "unit='nothing' is not one of exchange|dispatch|combine_bf16|combine_f32|tier_dispatch|"
+            "tier_combine_bf16|tier_combine_f32|latency_dispatch|latency_combine|gate|dispatch_layout|quant|e5m6|swiglu|push_limit"
         ),
     ):
         compile_unit("nothing")
@@ -118,7 +120,7 @@ def test_launches_fit(hidden: int, element: int) -> None:
         launches.append(cast)
     if hidden * element % 16 == 0 and element > 1:
         launches.append(plan_tier_combine(hidden * element, element, tuning))
-        assert launches[-1].warps <= 12  # __launch_bounds__ in native/cuda/tier_combine.cu
+        assert launches[-1].warps <= 12  # __launch_bounds__ in native/cuda/tier_combine_bf16.cu
     for launch in launches:
         assert 0 < launch.shared_bytes <= MAX_SHARED_BYTES
         assert launch.piece_bytes % 16 == 0 and 32 * launch.warps <= 512

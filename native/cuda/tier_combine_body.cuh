@@ -1,17 +1,18 @@
-// Combine among several nodes: the roles of combine.cu, and blocks that serve the network first.
+// Combine among several nodes: the roles of combine_body.cuh, and blocks that serve the network first.
 // Reduce waits for nobody, receive for other nodes' forward_reduce, which waits for reduce.
+#pragma once
+
 #include "cuda/settle.cuh"
 #include "cuda/tier_blocks.cuh"
 #include "cuda/tier_combine.cuh"
 #include "cuda/tier_final_reduce.cuh"
 
 namespace commlib::cuda {
-namespace {
 
 template <typename T>
 __device__ void combine(const Mesh& mesh, const ExchangeCall& exchange, const CombineCall& call,
                         const TierCall& tier) {
-  extern __shared__ __align__(128) uint8_t memory[];
+  uint8_t* memory = dynamic_shared();
   if (!settle(mesh, exchange, reinterpret_cast<uint32_t*>(memory))) return fill_nan<T>(mesh, call);
   fence_async_shared();  // what settle() left in shared memory, before bulk copies overwrite it
   __syncthreads();
@@ -29,24 +30,6 @@ __device__ void combine(const Mesh& mesh, const ExchangeCall& exchange, const Co
       reduce<Summer<T, false>>(mesh, call, own);
   }
   tier_final_reduce<T>(mesh, call, tier, own, carve_aside<T>(memory));
-}
-
-}  // namespace
-
-extern "C" __global__ void __launch_bounds__(384, 1)
-    tier_combine_bf16(const __grid_constant__ Mesh mesh,
-                      const __grid_constant__ ExchangeCall exchange,
-                      const __grid_constant__ CombineCall call,
-                      const __grid_constant__ TierCall tier) {
-  combine<uint16_t>(mesh, exchange, call, tier);
-}
-
-extern "C" __global__ void __launch_bounds__(384, 1)
-    tier_combine_f32(const __grid_constant__ Mesh mesh,
-                     const __grid_constant__ ExchangeCall exchange,
-                     const __grid_constant__ CombineCall call,
-                     const __grid_constant__ TierCall tier) {
-  combine<float>(mesh, exchange, call, tier);
 }
 
 }  // namespace commlib::cuda

@@ -1,15 +1,16 @@
 // Brings the experts' outputs home: reduce (one partial row per record, pushed to its source) and
 // final_reduce (one sum per own token). Reduce waits for nobody, so every final_reduce is served.
+#pragma once
+
 #include "cuda/final_reduce.cuh"
 #include "cuda/reduce.cuh"
 #include "cuda/settle.cuh"
 
 namespace commlib::cuda {
-namespace {
 
 template <typename T>
 __device__ void combine(const Mesh& mesh, const ExchangeCall& exchange, const CombineCall& call) {
-  extern __shared__ __align__(128) uint8_t memory[];
+  uint8_t* memory = dynamic_shared();
   if (!settle(mesh, exchange, reinterpret_cast<uint32_t*>(memory))) return fill_nan<T>(mesh, call);
   fence_async_shared();  // what settle() left in shared memory, before bulk copies overwrite it
   __syncthreads();
@@ -21,20 +22,6 @@ __device__ void combine(const Mesh& mesh, const ExchangeCall& exchange, const Co
       reduce<Summer<T, false>>(mesh, call, own);
   }
   final_reduce<T>(mesh, call, own);
-}
-
-}  // namespace
-
-extern "C" __global__ void __launch_bounds__(480, 1)
-    combine_bf16(const __grid_constant__ Mesh mesh, const __grid_constant__ ExchangeCall exchange,
-                 const __grid_constant__ CombineCall call) {
-  combine<uint16_t>(mesh, exchange, call);
-}
-
-extern "C" __global__ void __launch_bounds__(480, 1)
-    combine_f32(const __grid_constant__ Mesh mesh, const __grid_constant__ ExchangeCall exchange,
-                const __grid_constant__ CombineCall call) {
-  combine<float>(mesh, exchange, call);
 }
 
 }  // namespace commlib::cuda

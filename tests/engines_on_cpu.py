@@ -21,7 +21,7 @@ from commlib.config import RuntimeConfig
 from commlib.cuda.combining import CombineOps
 from commlib.cuda.dispatching import DispatchOps
 from commlib.cuda.engine import CudaEngine
-from commlib.cuda.kernels import WORKSPACE_BYTES, make_mesh
+from commlib.cuda.kernels import WORKSPACE_BYTES, Buffers, make_mesh
 from commlib.cuda.latency import LatencyOps
 from commlib.cuda.launch import Tuning, settle_bytes
 from commlib.cuda.memory import Heap, Regions, Slab
@@ -128,6 +128,8 @@ class HostBuffers:
         self.stop_address = self.board_address + (self._num_results + 3) * self._result_bytes
         self.board = FaultNote.from_address(self.board_address)
         self.refused = HostResult.from_address(self.refused_address)
+
+    end_kernels = Buffers.end_kernels
 
     def result_address(self, ticket: int) -> int:
         return self.refused_address + (1 + ticket % self._num_results) * self._result_bytes

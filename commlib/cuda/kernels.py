@@ -82,7 +82,7 @@ class Buffers:
         return self.workspace[first : first + 4].view(torch.int32)
 
     def end_kernels(self) -> None:
-        """Ends the waits of this rank's kernels, without a call of the driver."""
+        """Ends the waits of this rank's kernels, without a call of the driver. For good."""
         ctypes.c_uint64.from_address(self.stop_address).value = 1
 
     def raise_fault(self, controls: list[int], regions: Regions, rank: int, peer: int) -> None:

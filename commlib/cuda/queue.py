@@ -86,8 +86,8 @@ class OpQueue:
             if num_nodes > 1:
                 plan = plan_launch(config, topology)
                 cpus = cpus_near(self.device)
-                row_bytes, stop = regions.exchange_row_bytes, self.buffers.stop_address
-                self.tiers = Tiers(boot, config, topology, plan, row_bytes, stop, connect_timeout_s, cpus)
+                row_bytes = regions.exchange_row_bytes
+                self.tiers = Tiers(boot, config, topology, plan, row_bytes, self.buffers, connect_timeout_s, cpus)
         self._watch = Watch(boot.rank, boot.size, config, self._page, self.arena, self.buffers, self.tiers)
         self.mesh = make_mesh(config, boot.rank, boot.size, regions, self.buffers)
         if self.tiers is not None:
@@ -424,17 +424,18 @@ class OpQueue:
             return
         self._is_closed = True
         is_quiet = self._watch.fault is None
-        if is_quiet and self._last_stream is not None:
-            self._last_event.synchronize()
-        self._unsettled.clear()
-        self._not_received.clear()
-        self._captured.clear()
-        if self.tiers is not None:
-            if not is_quiet and self._last_stream is not None:
-                self._last_event.synchronize()  # a fault ends all kernels, and then nobody gives commands
-            self.tiers.close(is_quiet=is_quiet)
-        self.arena.close(is_quiet=is_quiet)
-        self._page.close()
+        try:
+            # A fault ends all kernels; between nodes they give commands until then.
+            if self._last_stream is not None and (is_quiet or self.tiers is not None):
+                self._last_event.synchronize()
+        finally:
+            self._unsettled.clear()
+            self._not_received.clear()
+            self._captured.clear()
+            if self.tiers is not None:
+                self.tiers.close(is_quiet=is_quiet)
+            self.arena.close(is_quiet=is_quiet)
+            self._page.close()
 
     def record_stream(self, tensor: Any, stream: Any) -> None:
         """A result is used on another stream than the one on which later operations are called."""

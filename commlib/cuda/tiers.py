@@ -29,7 +29,7 @@ class Tiers:
     needs to flush GPU memory to see a word. Rings lie there, too, or in GPU memory (`RuntimeConfig.ring_memory`).
 
     Args:
-        stop_address: of a word in pinned memory that ends the waits of this rank's kernels.
+        buffers: of this rank, with the word in pinned memory that ends its kernels' waits.
 
     Attributes:
         plan: which blocks serve the network.
@@ -53,7 +53,7 @@ class Tiers:
         topology: Topology,
         plan: LaunchPlan,
         exchange_row_bytes: int,
-        stop_address: int,
+        buffers: Any,
         timeout_s: float,
         cpus: list[int],
     ) -> None:
@@ -61,13 +61,14 @@ class Tiers:
         from commlib.fabric import open_fabric, ring_memory_bytes
 
         self.rank, self.topology, self.plan = boot.rank, topology, plan
+        self._buffers = buffers  # the proxy threads write there
         connect = partial(
             open_fabric,
             boot,
             config,
             topology,
             exchange_row_bytes=exchange_row_bytes,
-            stop_address=stop_address,
+            stop_address=buffers.stop_address,
             num_writers=1 + plan.out_blocks + plan.most_in_blocks,
             cpus=cpus,
             timeout_s=timeout_s,

@@ -71,6 +71,7 @@ class Watch:
     def fail(self, error: CommError) -> CommError:
         """The Runtime is of no further use."""
         self.fault = self.fault or error
+        self._buffers.end_kernels()
         return self.fault
 
     def device_silent(self, ticket: int, kind: str, seen: int, what: str = "start") -> CommError:
@@ -89,7 +90,6 @@ class Watch:
         self.fail(peer_lost_error(self._rank, self._rank))
         if self._tiers is not None:
             self._tiers.tell_left()
-        self._buffers.end_kernels()
         bases: list[Any] = [base for base in self._arena.base if base]
         try:
             self._buffers.raise_fault(bases, self._arena.regions, self._rank, self._rank)

@@ -83,9 +83,14 @@ void raise_timeout(Fabric& fabric, int rank, int peer, uint64_t epoch, uint64_t 
   fabric.board().raise(fault);
 }
 
-nb::object fault(const Fabric& fabric) {
-  if (!fabric.board().raised()) return nb::none();
-  return fault_dict(fabric.board().record());
+nb::object fault(Fabric& fabric) {
+  std::optional<FaultRecord> found;
+  {
+    nb::gil_scoped_release release;
+    found = fabric.fault();
+  }
+  if (!found) return nb::none();
+  return fault_dict(*found);
 }
 
 nb::dict counters(const Fabric& fabric) {

@@ -65,7 +65,9 @@ __device__ bool share_ring(const Mesh& mesh, const Side& side, const BlockRings&
                            Finish& finish) {
   const Team team(mesh, rings);
   const uint32_t ring = rings.first, slots = uint32_t(side.num_slots(ring));
-  const uint32_t per_chunk = uint32_t(side.ring(ring).slots_per_chunk);
+  const RingGeometry geometry = side.ring(ring);
+  const uint32_t per_chunk = uint32_t(geometry.slots_per_chunk);
+  const uint32_t num_chunks = uint32_t(geometry.num_chunks);
   const WaitFor what = waiting_for(mesh, side, ring);
   bool is_fine = true;
   if (threadIdx.x == 0) {
@@ -75,6 +77,9 @@ __device__ bool share_ring(const Mesh& mesh, const Side& side, const BlockRings&
   for (uint32_t chunk = rings.member; chunk * per_chunk < slots; chunk += rings.team) {
     const uint32_t first = chunk * per_chunk;
     const Batch batch{int(ring), first, min(first + per_chunk, slots)};
+    // Room for it comes after others have told of theirs: no deadline runs meanwhile.
+    if (threadIdx.x == 0 && is_fine && chunk >= num_chunks)
+      is_fine = team.wait_turn(what, chunk + 1 - num_chunks);
     if (threadIdx.x == 0 && is_fine) {
       const uint64_t total = team.words().total;
       is_fine = wait_until(mesh, what, [&](uint64_t* seen) {

@@ -57,7 +57,13 @@ __device__ inline void adopt_fault(const Mesh& mesh) {
 // The host knows of a fault. It may not be able to say so by a copy: a driver's call may wait for
 // this kernel and keep others out.
 __device__ inline bool is_stopped(const Mesh& mesh) {
-  return commlib::load_relaxed(mesh.stop) != 0;  // partner: the store in FaultBoard::raise()
+  // Partner: the stores in FaultBoard::stop_kernels() and Buffers.end_kernels().
+  return commlib::load_relaxed(mesh.stop) != 0;
+}
+
+// Some thread of this rank has found a fault, in this kernel or before.
+__device__ inline bool is_ending(const Mesh& mesh) {
+  return *reinterpret_cast<const volatile uint32_t*>(&mesh.workspace->is_faulty) != 0;
 }
 
 // Work that warps of the whole grid take in turn. The next number comes while its forerunner is
@@ -97,10 +103,8 @@ __device__ inline bool wait_until(const Mesh& mesh, const WaitFor& what, Poll po
       adopt_fault(mesh);
       return false;
     }
-    if (i % kLookAtHost == 0 && is_stopped(mesh)) {
-      atomicExch(&mesh.workspace->is_faulty, 1u);
-      return false;
-    }
+    if (i % kLookAtHost == 0 && is_stopped(mesh)) atomicExch(&mesh.workspace->is_faulty, 1u);
+    if (is_ending(mesh)) return false;
     if (now_ns() - start > timeout_ns) {
       raise_timeout(mesh, what, seen);
       return false;

@@ -14,6 +14,8 @@ namespace {
 
 constexpr uint64_t kMagic = 0x31626c6d6d6f63ull;  // "commlb1"
 constexpr double kGoodbyeS = 2.0;
+// What a provider does before it comes back with a fault; it may wait for a caller's kernels.
+constexpr double kVerdictS = 5.0;
 
 // Head of the address blob; the addresses of the transports follow, one for each proxy thread.
 struct AddressHead {
@@ -176,6 +178,24 @@ void Fabric::raise_lost(int peer) {
   fault.set_phase("process");
   fault.set_detail("its process has ended");
   board_.raise(fault);
+}
+
+std::optional<FaultRecord> Fabric::fault() {
+  const double limit = now_s() + kVerdictS;
+  while (board_.is_stopping()) {
+    if (now_s() < limit) {
+      std::this_thread::sleep_for(std::chrono::microseconds(100));
+      continue;
+    }
+    FaultRecord fault;
+    fault.kind = FaultKind::kTransport;
+    fault.rank = config_.rank;
+    fault.set_phase("transport");
+    fault.set_detail("the provider has found a fault and not come back to tell which");
+    board_.raise(fault);
+  }
+  if (!board_.raised()) return std::nullopt;
+  return board_.record();
 }
 
 void Fabric::stop(bool is_clean) {

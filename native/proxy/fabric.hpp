@@ -4,6 +4,7 @@
 
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -32,7 +33,7 @@ struct FabricConfig {
   // Transport::register_device_region; nullptr: host memory of the fabric's own.
   DeviceRegion rings;
   ThreadSetup thread_setup;
-  uint64_t* stop_word = nullptr;  // of FaultBoard; outlives the Fabric
+  uint64_t* stop_word = nullptr;  // of FaultBoard; must outlive the Fabric
   // Test hook: makes the transport of each proxy thread in place of the provider named above.
   std::function<std::unique_ptr<Transport>(PutListener*, int rank)> make_transport;
 };
@@ -75,6 +76,9 @@ class Fabric {
   // the process of `peer` has ended.
   void raise_left();
   void raise_lost(int peer);
+  // The fault, if there is one. Kernels may have ended for one that the proxy still looks into:
+  // waits for what it finds.
+  std::optional<FaultRecord> fault();
   std::string describe_transport() const;
   // Of the peers' whose rings are reached worst; kDirect where there are no other nodes.
   DeviceReach ring_reach() const;

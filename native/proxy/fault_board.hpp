@@ -15,6 +15,20 @@ class FaultBoard {
   // call of a driver, in which some thread may wait for them. Once, before there are threads.
   void set_stop_word(uint64_t* word) { stop_word_ = word; }
 
+  // Ends them before it is known what has happened: raise() or resume_kernels() follows.
+  void stop_kernels() {
+    if (stop_word_ != nullptr) store_release(stop_word_, 1);  // partner: is_stopped() there
+  }
+  void resume_kernels() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (stop_word_ != nullptr && !raised_.load(std::memory_order_relaxed))
+      store_release(stop_word_, 0);
+  }
+  // Between the two.
+  bool is_stopping() const {
+    return stop_word_ != nullptr && load_acquire(stop_word_) != 0 && !raised();
+  }
+
   bool raised() const { return raised_.load(std::memory_order_acquire); }
 
   // True if this record became the Runtime's fault.
@@ -23,8 +37,7 @@ class FaultBoard {
     if (raised_.load(std::memory_order_relaxed)) return false;
     record_ = record;
     raised_.store(true, std::memory_order_release);  // partner: raised()
-    // Partner: is_stopped() of the kernels.
-    if (stop_word_ != nullptr) store_release(stop_word_, 1);
+    stop_kernels();
     return true;
   }
 

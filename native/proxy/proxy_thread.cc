@@ -261,7 +261,11 @@ void ProxyThread::check_transport() {
     // A peer that leaves because of a fault tells of it before its connection breaks: the fault is
     // the cause, and the news of it lies here already.
     monitor_->collect_faults();
-    if (board_.raised() || (fault->peer >= 0 && monitor_->is_closed(fault->peer))) continue;
+    if (board_.raised()) continue;
+    if (fault->peer >= 0 && monitor_->is_closed(fault->peer)) {
+      board_.resume_kernels();
+      continue;
+    }
     FaultRecord record;
     record.kind = fault->peer >= 0 ? FaultKind::kPeerLost : FaultKind::kTransport;
     record.rank = mesh_.group().rank();

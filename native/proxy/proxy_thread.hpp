@@ -75,7 +75,7 @@ class ProxyThread : public PutListener {
   Transport* transport() const { return transport_.get(); }
 
   void on_put_complete(uint64_t token) override;
-  void on_fault() override { check_transport(); }
+  void on_fault() override { board_.stop_kernels(); }
 
  private:
   void loop();

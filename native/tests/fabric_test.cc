@@ -8,7 +8,9 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <optional>
 #include <thread>
+#include <utility>
 
 #include "tests/fake_transport.hpp"
 #include "tests/other_rings.hpp"
@@ -44,6 +46,25 @@ class SilentTransport final : public FakeTransport {
  public:
   using FakeTransport::FakeTransport;
   void register_device_region(const DeviceRegion&) override {}
+};
+
+// Finds a fault within progress(), and does not come back until it is let.
+class FailingTransport final : public FakeTransport {
+ public:
+  FailingTransport(PutListener* listener, std::atomic<bool>* is_let)
+      : FakeTransport(listener), listener_(listener), is_let_(is_let) {}
+  int progress() override {
+    if (std::exchange(has_failed_, true)) return FakeTransport::progress();
+    fail({1, 7, "progress", "broken"});
+    listener_->on_fault();
+    while (!*is_let_) std::this_thread::yield();
+    return 1;
+  }
+
+ private:
+  PutListener* listener_;
+  std::atomic<bool>* is_let_;
+  bool has_failed_ = false;
 };
 
 class Fabrics {
@@ -301,6 +322,45 @@ TEST_CASE("the same with several proxy threads, each of which serves some nodes"
   }
   CHECK_THROWS_WITH_AS(Fabric(config_of(0, nodes, 9)), "num_proxy_threads=9 is not in 1..8",
                        ConfigException);
+}
+
+void check_failing(bool is_closed) {
+  uint64_t word = 0;
+  std::atomic<bool> is_let{false};
+  FabricConfig config = config_of(0, {0, 1});
+  config.stop_word = &word;
+  config.make_transport = [&](PutListener* listener, int) {
+    return std::make_unique<FailingTransport>(listener, &is_let);
+  };
+  Fabric fabric(config);
+  Mesh& mesh = fabric.mesh();
+  if (is_closed)  // the peer has said so
+    std::memset(mesh.memory().base() + RegisteredRegion::line(mesh.registered().heartbeat_in, 1),
+                0xff, sizeof(uint64_t));
+  fabric.start();
+  REQUIRE(wait_until([&] { return load_acquire(&word) == 1; }));
+  CHECK_FALSE(fabric.board().raised());  // it has not come back yet
+  std::optional<FaultRecord> found;
+  std::atomic<bool> is_answered{false};
+  std::thread asking([&] {
+    found = fabric.fault();
+    is_answered = true;
+  });
+  std::this_thread::sleep_for(std::chrono::milliseconds(20));
+  CHECK_FALSE(is_answered);
+  is_let = true;
+  asking.join();
+  CHECK(found.has_value() == !is_closed);
+  CHECK(fabric.board().raised() == !is_closed);
+  CHECK(load_acquire(&word) == (is_closed ? 0 : 1));
+  if (found) CHECK((found->peer == 1 && found->code == 7));
+}
+
+TEST_CASE("kernels end before the provider comes back with a fault; who asks for it waits") {
+  check_failing(false);
+}
+TEST_CASE("kernels go on if what broke is the connection to a peer that has closed") {
+  check_failing(true);
 }
 
 TEST_CASE("kernels hear of a fault") {

@@ -106,11 +106,15 @@ DeviceReach UcxTransport::device_reach(int peer) const {
 }
 
 // Whether a put of device memory that is complete here has arrived there, so that a signal may
-// follow without a flush: if cuda_ipc carries it, whose completion is the end of the copy. UCX has
-// no other way for it if all other lanes know host memory only; what it would emulate by messages
-// it does not while a lane can do it. Signals then go on one of those lanes, always the same, in
+// follow without a flush: if cuda_ipc carries it, whose completion is the end of the copy. All
+// other lanes know host memory only. UCX could still emulate a put by messages, whose completion
+// says nothing; 1.22.0 does not where cuda_ipc is (UCX_PROTO_INFO=y: "0..inf zero-copy cuda_ipc"),
+// and older ones have not been asked. Signals go on one of the other lanes, always the same, in
 // order.
 bool UcxTransport::copies_are_direct(const Peer& peer) const {
+  unsigned major = 0, minor = 0, release = 0;
+  ucp_get_version(&major, &minor, &release);
+  if (major < 1 || (major == 1 && minor < 22)) return false;
   if (device_reach(peer.rank) != DeviceReach::kDirect) return false;
   const auto is_known = [](const LaneName& lane) {
     return lane.transport == kDeviceCopy || std::find(std::begin(kHostOnly), std::end(kHostOnly),

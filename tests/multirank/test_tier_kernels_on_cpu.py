@@ -112,7 +112,7 @@ def kernels_rank(
 def libraries(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("kernels")
     kernels = CpuKernels(folder)
-    for unit in ("exchange", "tier_dispatch", "tier_combine"):
+    for unit in ("exchange", "tier_dispatch", "tier_combine_bf16", "tier_combine_f32"):
         kernels.compile(unit)
     return str(folder)
 

@@ -39,7 +39,7 @@ def open_tiers(
     for owner, names in fakes.items():
         for name, value in names.items():
             setattr(owner, name, value)
-    return Tiers(boot, config, nodes, plan_launch(config, nodes), row_bytes, 0, 30.0, [])
+    return Tiers(boot, config, nodes, plan_launch(config, nodes), row_bytes, SimpleNamespace(stop_address=0), 30.0, [])
 
 
 def fault_of(tiers: Tiers) -> CommError:

@@ -21,18 +21,6 @@ OPTIONS = [
     f"-I{EMULATION}", f"-I{NATIVE}",
 ]  # fmt: skip
 
-# Kernels of each unit.
-UNITS = {
-    "exchange": ("exchange",),
-    "dispatch": ("dispatch",),
-    "combine_bf16": ("combine_bf16",),
-    "combine_f32": ("combine_f32",),
-    "latency_dispatch": ("latency_dispatch",),
-    "latency_combine": ("latency_combine",),
-    "tier_dispatch": ("tier_dispatch",),
-    "tier_combine_bf16": ("tier_combine_bf16",),
-    "tier_combine_f32": ("tier_combine_f32",),
-}
 _RUN = """
 extern "C" void run_{kernel}(unsigned number, unsigned num_blocks, unsigned num_threads, size_t shared_bytes,
                              const void* const* structs) {{
@@ -42,12 +30,11 @@ extern "C" void run_{kernel}(unsigned number, unsigned num_blocks, unsigned num_
 
 
 class CpuKernels:
-    """Compiles units when they are first asked for and the folder has none yet; thread-safe."""
+    """Kernels whose units have their names: compiled when first asked for, unless the folder has them; thread-safe."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._lock = threading.Lock()
-        self._unit_of = {kernel: unit for unit, kernels in UNITS.items() for kernel in kernels}
         self._free: dict[str, list[ctypes.CDLL]] = {}
         self._copies = tempfile.TemporaryDirectory()
         self._num_copies = 0
@@ -62,8 +49,7 @@ class CpuKernels:
             structs: the kernel's arguments.
         """
         pointers = (ctypes.c_void_p * len(structs))(*(ctypes.addressof(struct) for struct in structs))
-        unit = self._unit_of[kernel]
-        copies = self._take(unit, blocks)
+        copies = self._take(kernel, blocks)
         size = ctypes.c_size_t(shared_bytes)
         running = [
             self._blocks.submit(getattr(copy, f"run_{kernel}"), number, blocks, threads, size, pointers)
@@ -72,26 +58,25 @@ class CpuKernels:
         for block in running:
             block.result()
         with self._lock:
-            self._free[unit] += copies
+            self._free[kernel] += copies
 
-    def _take(self, unit: str, count: int) -> list[ctypes.CDLL]:
+    def _take(self, kernel: str, count: int) -> list[ctypes.CDLL]:
         with self._lock:
-            if not (self._folder / f"{unit}.so").exists():
-                self.compile(unit)
-            free = self._free.setdefault(unit, [])
+            if not (self._folder / f"{kernel}.so").exists():
+                self.compile(kernel)
+            free = self._free.setdefault(kernel, [])
             while len(free) < count:
-                copy = Path(self._copies.name) / f"{unit}-{self._num_copies}.so"
+                copy = Path(self._copies.name) / f"{kernel}-{self._num_copies}.so"
                 self._num_copies += 1
-                shutil.copy(self._folder / f"{unit}.so", copy)
+                shutil.copy(self._folder / f"{kernel}.so", copy)
                 free.append(ctypes.CDLL(str(copy)))
-            taken, self._free[unit] = free[:count], free[count:]
+            taken, self._free[kernel] = free[:count], free[count:]
             return taken
 
-    def compile(self, unit: str) -> None:
-        text = (NATIVE / "cuda" / f"{unit}.cu").read_text()
-        source = self._folder / f"{unit}.cc"
-        runs = [_RUN.format(kernel=kernel) for kernel in UNITS[unit]]
-        source.write_text("\n".join([f'#include "{EMULATION}/cuda_on_cpu.hpp"', text, *runs]))
-        command = ["g++", *OPTIONS, "-o", str(self._folder / f"{unit}.so"), str(source)]
+    def compile(self, kernel: str) -> None:
+        text = (NATIVE / "cuda" / f"{kernel}.cu").read_text()
+        source = self._folder / f"{kernel}.cc"
+        source.write_text("\n".join([f'#include "{EMULATION}/cuda_on_cpu.hpp"', text, _RUN.format(kernel=kernel)]))
+        command = ["g++", *OPTIONS, "-o", str(self._folder / f"{kernel}.so"), str(source)]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

@@ -20,7 +20,7 @@ from commlib.layout import align_up
 __all__ = ["EXCHANGE_THREADS", "Buffers", "load_executor_kernels", "make_mesh"]
 
 EXCHANGE_THREADS = 512
-_LINE = 64
+_LINE = 64  # bytes
 _RESULTS = 2  # of operations whose sizes the host may still want
 _PEER_LOST = 2  # FaultNote::kind
 
@@ -51,11 +51,11 @@ class Buffers:
         if num_nodes > 1:
             self.tail_words += num_ranks * num_nodes
             self.node_masks = torch.empty(config.max_tokens, dtype=torch.int32, device=device)
-        self._result_bytes = align_up(sizeof(HostResult) + 4 * self.tail_words, 64)
+        self._result_bytes = align_up(sizeof(HostResult) + 4 * self.tail_words, _LINE)
         self.scratch_result = torch.zeros(self._result_bytes, dtype=torch.uint8, device=device)
         self.slots_address, self.block_base_address = self.slots.data_ptr(), self.block_base.data_ptr()
         self.scratch_address = self.scratch_result.data_ptr()
-        board_bytes = align_up(sizeof(FaultNote), 64)
+        board_bytes = align_up(sizeof(FaultNote), _LINE)
         self._pinned = torch.zeros(
             board_bytes + (_RESULTS + 1) * self._result_bytes + _LINE, dtype=torch.uint8, pin_memory=True
         )

@@ -87,7 +87,7 @@ __device__ inline void settle_alone(const Mesh& mesh, const ExchangeCall& call, 
   const Ledger ledger(mesh, call, memory);
   if (threadIdx.x == 0 && is_faulty(mesh)) adopt_fault(mesh);
   if (threadIdx.x == 0) verdict = kFaulty;
-  bool is_there = !is_faulty(mesh) && mesh.workspace->is_faulty == 0;
+  bool is_there = !is_faulty(mesh) && !is_ending(mesh);
   is_there = __syncthreads_and(is_there) != 0;
   if (is_there) is_there = __syncthreads_and(publish(mesh, call, ledger, epoch)) != 0;
   if (is_there) is_there = gather(mesh, call, ledger, epoch);

@@ -102,8 +102,8 @@ __device__ inline void receive(const Mesh& mesh, const TierCall& tier, WarpMemor
                       fabric.remote_nodes,
                       1 + int(rings.first),
                       tier.slot_bytes,
-                      kHomecoming,
-                      false};
+                      false,
+                      kHomecoming};
   const Flags flags{mesh.home_arrived, 0};  // places are [node][slot]
   NoTransform as_it_is;
   serve_rings(

@@ -187,8 +187,8 @@ __device__ inline void forward(const Mesh& mesh, const DispatchCall& call, const
                       fabric.in_sources,
                       1 + int(tier.out_blocks + rings.first),
                       tier.slot_bytes,
-                      kForward,
-                      true};
+                      true,
+                      kForward};
   const Flags flags{mesh.dispatch_arrived, 0};  // places are [source][record]
   const uint32_t epoch = mesh.workspace->plan.epoch;
   NoTransform as_it_is;

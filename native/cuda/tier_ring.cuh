@@ -30,7 +30,7 @@ __device__ Batch next_batch(const Mesh& mesh, const Side& side, const BlockRings
       if (done[number] >= slots) continue;
       has_rest = true;
       waiting = int(number);
-      const uint32_t ready = side.ready(number, done[number]);
+      const uint32_t ready = batch_slots(side, number, done[number]);
       *seen = done[number];
       if (ready == 0) continue;
       const uint64_t end = done[number] + ready < slots ? done[number] + ready : slots;

@@ -29,6 +29,11 @@ constexpr const char* kDeviceOnly[] = {"cuda_copy", "gdr_copy", "rocm_copy", "ze
 // What carries host memory within a host.
 constexpr const char* kHostOnly[] = {"self", "tcp", "sysv", "posix"};
 
+template <typename Names>
+bool is_one_of(const Names& names, const std::string& transport) {
+  return std::find(std::begin(names), std::end(names), transport) != std::end(names);
+}
+
 struct LaneName {
   std::string transport;
   std::string device;
@@ -54,8 +59,7 @@ std::vector<LaneName> lanes_of(ucp_ep_h ep) {
 
 bool UcxTransport::is_refused(const std::string& transport) const {
   if (has_device_region_ && transport == kDeviceCopy) return false;
-  return std::find(std::begin(kSingleCopy), std::end(kSingleCopy), transport) !=
-         std::end(kSingleCopy);
+  return is_one_of(kSingleCopy, transport);
 }
 
 // Keeps single copies out of this worker's address as well, so that no peer, whatever its settings,
@@ -109,16 +113,12 @@ DeviceReach UcxTransport::device_reach(int peer) const {
 // follow without a flush: if cuda_ipc carries it, whose completion is the end of the copy. All
 // other lanes know host memory only. UCX could still emulate a put by messages, whose completion
 // says nothing; 1.22.0 does not where cuda_ipc is (UCX_PROTO_INFO=y: "0..inf zero-copy cuda_ipc"),
-// and older ones have not been asked. Signals go on one of the other lanes, always the same, in
-// order.
+// and older ones, which have not been asked, are left out. Signals go on one of the other lanes,
+// always the same, in order.
 bool UcxTransport::copies_are_direct(const Peer& peer) const {
-  unsigned major = 0, minor = 0, release = 0;
-  ucp_get_version(&major, &minor, &release);
-  if (major < 1 || (major == 1 && minor < 22)) return false;
   if (device_reach(peer.rank) != DeviceReach::kDirect) return false;
   const auto is_known = [](const LaneName& lane) {
-    return lane.transport == kDeviceCopy || std::find(std::begin(kHostOnly), std::end(kHostOnly),
-                                                      lane.transport) != std::end(kHostOnly);
+    return lane.transport == kDeviceCopy || is_one_of(kHostOnly, lane.transport);
   };
   const std::vector<LaneName> lanes = lanes_of(peer.ep);
   return std::all_of(lanes.begin(), lanes.end(), is_known);

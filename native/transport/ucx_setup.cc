@@ -22,6 +22,8 @@ constexpr uint32_t make_version(uint32_t major, uint32_t minor) { return major <
 constexpr uint32_t kApi = make_version(1, 17);
 // First release line with FENCE_MODE=ep_based, and where ucp_config_modify reaches TCP settings.
 constexpr uint32_t kModern = make_version(1, 20);
+// The oldest that was seen to give copies between GPUs to cuda_ipc, see copies_are_direct().
+constexpr uint32_t kCopiesSeen = make_version(1, 22);
 
 // No setting of UCX is changed but the fence mode and which transports it may use (ucx_lanes.cc).
 // TCP_USER_TIMEOUT and shorter TCP_KEEP* in particular stay as they are: with a user time-out the
@@ -261,7 +263,7 @@ void UcxTransport::unpack_address(Peer& peer, const std::vector<uint8_t>& addres
     packed += region.rkey_bytes;
   }
   if (peer.memory.has_device()) fence_mode_ = FenceMode::kFlush;
-  peer.has_direct_copies = copies_are_direct(peer);
+  peer.has_direct_copies = loaded_version() >= kCopiesSeen && copies_are_direct(peer);
 }
 
 void UcxTransport::connect(int peer, const std::vector<uint8_t>& address) {
